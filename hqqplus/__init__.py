@@ -1,0 +1,56 @@
+"""HQQ+ fine-tuning: language models in 1 or 2 bits, recovered with LoRA.
+
+    import hqqplus
+    model = hqqplus.load("runs/llama3_8b_2bit/base", adapter="runs/llama3_8b_2bit/adapter")
+
+`import hqqplus` alone makes transformers and PEFT understand packed models, whichever is imported first, and imports
+neither them nor torch: registration happens when they are imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hqqplus.integrations import register_when_imported
+
+if TYPE_CHECKING:
+    from hqqplus.integrations.transformers import HqqPlusConfig, quantize_model
+    from hqqplus.models import export, load, quantize_folder
+    from hqqplus.modules import PackedEmbedding, PackedLinear
+    from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, quantize
+    from hqqplus.recipe import Recipe, load_recipe
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "HqqPlusConfig": "hqqplus.integrations.transformers",
+    "PackedEmbedding": "hqqplus.modules",
+    "PackedLinear": "hqqplus.modules",
+    "PackedTensor": "hqqplus.quantization",
+    "QuantPlan": "hqqplus.quantization",
+    "QuantSpec": "hqqplus.quantization",
+    "Recipe": "hqqplus.recipe",
+    "export": "hqqplus.models",
+    "load": "hqqplus.models",
+    "load_recipe": "hqqplus.recipe",
+    "quantize": "hqqplus.quantization",
+    "quantize_folder": "hqqplus.models",
+    "quantize_model": "hqqplus.integrations.transformers",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'hqqplus' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+register_when_imported()

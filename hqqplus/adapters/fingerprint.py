@@ -1,0 +1,105 @@
+"""What an adapter was trained on, written beside it, so that it cannot be put on another base unnoticed.
+
+PEFT's `adapter_config.json` names a base model but not how it was quantized: an adapter trained on a 1-bit backbone
+loads on a 4-bit one without a word. `hqqplus.json` holds the quantization and a hash of the packed tensors themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hqqplus.errors import UserError
+from hqqplus.files import write_json
+from hqqplus.modules import packed_modules
+from hqqplus.quantization.tensor import STATE_NAMES
+
+FILE_NAME = "hqqplus.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The base of an adapter.
+
+    Attributes:
+        base: id or folder of the model that was quantized; `revision` its commit, where one is known.
+        packed_sha256: hash over the names and bytes of all packed tensors.
+        quantization: the quantization config as a dict.
+        versions: of the packages that made it.
+    """
+
+    base: str
+    revision: str | None
+    packed_sha256: str
+    quantization: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = _FORMAT
+
+    def write(self, folder: str | Path) -> None:
+        write_json(Path(folder) / FILE_NAME, asdict(self))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Fingerprint | None:
+        """The fingerprint in `folder`; None where there is none.
+
+        Raises:
+            UserError: if the file is there but cannot be understood.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a fingerprint of hqqplus ({error})") from None
+
+    def describe(self) -> str:
+        """`2-bit g64 of NAME (sha256 0123456789ab)`."""
+        group = self.quantization.get("group_size")
+        bits = f"{self.quantization.get('nbits')}-bit g{'row' if group == -1 else group}"
+        return f"{bits} of {self.base} (sha256 {self.packed_sha256[:12]})"
+
+
+def packed_sha256(model: nn.Module) -> str:
+    """sha256 over the names and bytes of the packed tensors of `model`, in the order of their names.
+
+    Only these: they are integers, so the hash does not depend on the dtype that the rest was loaded in.
+    """
+    digest = hashlib.sha256()
+    for name, module in sorted(packed_modules(model).items()):
+        for key in STATE_NAMES:
+            tensor = getattr(module, key).detach().cpu().contiguous()
+            digest.update(f"{name}.{key}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_base(model: nn.Module, adapter: str | Path) -> None:
+    """Refuse the adapter in folder `adapter` if it was trained on another base than `model`.
+
+    An adapter without a fingerprint (not made by hqqplus) passes.
+
+    Raises:
+        UserError: naming both bases.
+    """
+    wanted = Fingerprint.read(adapter)
+    if wanted is None:
+        return
+    found = packed_sha256(model)
+    if found != wanted.packed_sha256:
+        config = getattr(model, "config", None)
+        quantization = getattr(config, "quantization_config", None)
+        bits = "not quantized by hqqplus"
+        if quantization is not None and hasattr(quantization, "nbits"):
+            bits = f"{quantization.nbits}-bit g{quantization.group_size} (sha256 {found[:12]})"
+        raise UserError(
+            f"{adapter}: this adapter was trained on {wanted.describe()}, but the base is {bits}; "
+            f"load it on the base it belongs to"
+        )

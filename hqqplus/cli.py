@@ -1,0 +1,226 @@
+"""`hqqplus VERB`: thin, one function a verb. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hqqplus.errors import UserError
+
+app = typer.Typer(
+    help="Language models in 1 or 2 bits, recovered with LoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, hub id, or embedded:pydoc")]
+Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="folder to write")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
+Adapter = Annotated[Path | None, typer.Option(help="folder of an adapter to put on the model")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if there is one")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.max_steps=10")]
+
+
+@app.command()
+def train(recipe: Annotated[Path, typer.Argument(help="a YAML file")], overrides: Overrides = None) -> None:
+    """Quantize, recover, measure and ship, as a recipe says; again to continue."""
+    from hqqplus.recipe import load_recipe
+    from hqqplus.train import run
+
+    run(load_recipe(recipe, overrides or []))
+
+
+@app.command()
+def validate(recipe: Annotated[Path, typer.Argument(help="a YAML file")], overrides: Overrides = None) -> None:
+    """Check a recipe: all its errors at once, each with its line."""
+    from hqqplus.recipe import load_recipe, recipe_digest
+
+    digest = recipe_digest(load_recipe(recipe, overrides or []))
+    typer.echo(f"{recipe}: valid (digest {digest[:12]})")
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Output,
+    nbits: Annotated[int, typer.Option(help="bits per weight: 1, 2, 3, 4 or 8")] = 2,
+    group_size: Annotated[int, typer.Option(help="weights that share a scale: 8 to 256, or -1 for a whole row")] = 64,
+    axis: Annotated[int, typer.Option(help="1: groups along the input; 0: along the output")] = 1,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN=BITS or PATTERN=BITS:GROUP, e.g. lm_head=8 or '*.down_proj=4:32'"),
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="name pattern of modules to leave in full precision")] = None,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Quantize a model, shard by shard, and write it packed."""
+    from hqqplus.evaluation.report import environment
+    from hqqplus.integrations.transformers import HqqPlusConfig
+    from hqqplus.models import quantize_folder
+    from hqqplus.modules import bits_per_weight, model_bytes
+
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise UserError(f"{output}: exists already and is not empty: name another folder")
+    changes = dict(_override(text) for text in override or [])
+    try:
+        config = HqqPlusConfig(nbits, group_size, axis, overrides=changes, modules_to_not_convert=skip or None)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"quantize: {error}") from None
+    packed = quantize_folder(
+        model,
+        output,
+        config,
+        revision=revision,
+        dtype=_dtype(dtype),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        versions=environment(),
+    )
+    size = model_bytes(packed) / 1e6
+    typer.echo(f"{output}: {bits_per_weight(packed):.3f} bits per weight in the packed layers, {size:.1f} MB in all")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    texts: Annotated[str, typer.Argument(metavar="TEXTS", help="jsonl, json, csv, parquet or txt file, or hub name")],
+    adapter: Adapter = None,
+    split: Annotated[str, typer.Option(help="split of a hub data set or folder")] = "train",
+    text_field: Annotated[str, typer.Option(help="column that holds the text")] = "text",
+    max_length: Annotated[int, typer.Option(help="tokens to a window", min=2)] = 1024,
+    max_tokens: Annotated[int | None, typer.Option(help="measure on so many tokens at most", min=2)] = None,
+    batch_size: Annotated[int, typer.Option(help="windows at a time", min=1)] = 8,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Perplexity of a model, with or without an adapter, on a text."""
+    from hqqplus.data import RowForm, load_rows
+    from hqqplus.evaluation.perplexity import make_windows, perplexity
+    from hqqplus.models import load, load_tokenizer
+
+    rows = load_rows(texts, split, where="TEXTS")
+    form = RowForm(text_field=text_field)
+    form.check(rows, "TEXTS")
+    loaded = load(
+        model, adapter, revision=revision, dtype=_dtype(dtype), device=device, trust_remote_code=trust_remote_code
+    )
+    tokenizer = load_tokenizer(_tokenizer_home(model, adapter), trust_remote_code=trust_remote_code, where="model")
+    windows = make_windows(form.documents(rows, tokenizer), tokenizer, max_length, max_tokens, texts)
+    result = perplexity(loaded, windows, batch_size)
+    typer.echo(f"perplexity {result.perplexity:.4f} ({result.tokens:,} tokens, windows of {max_length})")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="texts to continue")],
+    adapter: Adapter = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to add", min=1)] = 64,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continue prompts, greedily."""
+    from hqqplus.evaluation.samples import complete
+    from hqqplus.models import load, load_tokenizer
+
+    loaded = load(
+        model, adapter, revision=revision, dtype=_dtype(dtype), device=device, trust_remote_code=trust_remote_code
+    )
+    tokenizer = load_tokenizer(_tokenizer_home(model, adapter), trust_remote_code=trust_remote_code, where="model")
+    for prompt, completion in zip(prompts, complete(loaded, tokenizer, prompts, max_new_tokens), strict=True):
+        typer.echo(prompt + completion)
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Output,
+    adapter: Adapter = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
+) -> None:
+    """Write dequantized weights + adapter as an ordinary 16-bit checkpoint."""
+    import torch
+
+    from hqqplus.models import export as write
+
+    if output.exists():
+        raise UserError(f"{output}: exists already: name another folder")
+    if dtype not in ("bfloat16", "float16"):
+        raise UserError(f"--dtype: {dtype!r} is not one of bfloat16, float16")
+    write(model, adapter, output, getattr(torch, dtype))
+    typer.echo(f"{output}: an ordinary checkpoint in {dtype}")
+
+
+@app.command()
+def env() -> None:
+    """Versions of all that matters here, and the devices."""
+    from hqqplus.evaluation.report import environment
+
+    for name, version in environment().items():
+        typer.echo(f"{name:16} {version}")
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        typer.echo(
+            f"{f'cuda:{index}':16} {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
+        )
+    if not torch.cuda.is_available():
+        typer.echo(f"{'device':16} cpu, {torch.get_num_threads()} threads")
+    typer.echo(f"{'packed matmul':16} reference (torch)")
+
+
+def _override(text: str) -> tuple[str, dict[str, int]]:
+    """`PATTERN=BITS[:GROUP]` -> (pattern, changes)."""
+    pattern, _, value = text.rpartition("=")
+    bits, _, group = value.partition(":")
+    try:
+        return _named(pattern), {"nbits": int(bits), **({"group_size": int(group)} if group else {})}
+    except ValueError:
+        raise UserError(f"--override: {text!r} is not PATTERN=BITS or PATTERN=BITS:GROUP, e.g. lm_head=8") from None
+
+
+def _named(pattern: str) -> str:
+    if not pattern:
+        raise ValueError("empty pattern")
+    return pattern
+
+
+def _dtype(name: str) -> str:
+    if name not in ("auto", "bfloat16", "float16", "float32"):
+        raise UserError(f"--dtype: {name!r} is not one of auto, bfloat16, float16, float32")
+    return name
+
+
+def _tokenizer_home(model: str, adapter: Path | None) -> str:
+    """Where the tokenizer is: with the adapter if that brings one (it may have grown), else with the model."""
+    home = adapter or Path(model)
+    return str(home) if (home / "tokenizer_config.json").is_file() else model
+
+
+def main() -> None:
+    """The console script: a user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

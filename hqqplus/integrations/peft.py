@@ -1,0 +1,78 @@
+"""PEFT: LoRA on packed layers.
+
+PEFT has no registry for layers of its own kind, so the one function that chooses a layer's LoRA class is wrapped:
+packed linear layers get `PackedLoraLinear`, everything else goes on as before. Then every door of PEFT works:
+`get_peft_model`, `PeftModel.from_pretrained`, `load_adapter`, a second adapter, TRL's `peft_config`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+# From the defining modules: while PEFT itself is being imported, its top level is not there yet.
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.model import LoraModel
+
+from hqqplus.modules import PackedEmbedding, PackedLinear
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# Inits that decompose the base weight and write the remainder back into it, which a packed weight cannot take.
+_REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+
+MERGE_REFUSED = (
+    "an adapter cannot be merged into a packed base: re-quantizing to 1-4 bits destroys most of it. Keep the adapter "
+    "beside the base (`hqqplus.load(base, adapter)`), or export dequantized weights + adapter in 16 bits "
+    "(`hqqplus export BASE ADAPTER OUTPUT`)"
+)
+
+
+class PackedLoraLinear(LoraLinear):
+    """LoRA, DoRA, rsLoRA and the rest of PEFT's linear layer, over a `PackedLinear`; only merging is refused."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        raise ValueError(MERGE_REFUSED)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def _get_base_layer_device_and_dtype(self, *args: Any, **kwargs: Any) -> tuple[torch.device, torch.dtype]:
+        base = self.get_base_layer()
+        assert isinstance(base, PackedLinear)
+        return base.W_q.device, base.compute_dtype
+
+
+def register_packed_lora() -> None:
+    """Wrap `LoraModel._create_new_module`, once."""
+    original = LoraModel._create_new_module
+    if getattr(original, "handles_packed_layers", False):
+        return
+
+    def create_new_module(lora_config: LoraConfig, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        if isinstance(base, PackedEmbedding):
+            raise ValueError("LoRA on a packed embedding is not supported: leave it out of target_modules")
+        if not isinstance(base, PackedLinear):
+            return original(lora_config, adapter_name, target, **kwargs)
+        if kwargs.get("parameter_name") is not None:
+            raise ValueError("target_parameters cannot name the tensors of a packed layer: use target_modules")
+        init = lora_config.init_lora_weights
+        if isinstance(init, str) and init.startswith(_REWRITING_INITS):
+            raise ValueError(
+                f"init_lora_weights={init!r} rewrites the base weight, which a packed layer cannot take: "
+                "use True, 'gaussian' or 'eva', or hqqplus' residual start"
+            )
+        kwargs.pop("device_map", None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            return PackedLoraLinear(target, adapter_name, config=lora_config, **kwargs)
+
+    create_new_module.handles_packed_layers = True  # type: ignore[attr-defined]
+    LoraModel._create_new_module = staticmethod(create_new_module)  # type: ignore[method-assign]
+
+
+register_packed_lora()

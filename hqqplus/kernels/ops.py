@@ -1,0 +1,165 @@
+"""`torch.ops.hqqplus.*`: the schemas, the shapes for tracing (fake) and the autograd formulas.
+
+Every op takes the packed tensors `W_q` (uint8), `scale` and `offset` (16-bit floats) followed by what a `QuantSpec`
+and a shape say, spelt out as integers because an op's schema knows no Python objects. The packed weight is frozen:
+the only gradient is that of the activations, and only packed tensors are kept for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqqplus.kernels import reference
+from hqqplus.quantization.spec import QuantSpec
+
+# A custom op must not return a view or alias of its inputs; the reference returns fresh contiguous tensors.
+
+
+def _spec(nbits: int, group_size: int, axis: int) -> QuantSpec:
+    return QuantSpec(nbits=nbits, group_size=group_size, axis=axis)
+
+
+@torch.library.custom_op("hqqplus::dequantize", mutates_args=())
+def dequantize(
+    W_q: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [out_features, in_features] in `dtype`."""
+    spec = _spec(nbits, group_size, axis)
+    return reference.dequantize(W_q, scale, offset, spec, (out_features, in_features), dtype)
+
+
+@dequantize.register_fake
+def _(
+    W_q: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return W_q.new_empty((out_features, in_features), dtype=dtype)
+
+
+@torch.library.custom_op("hqqplus::matmul", mutates_args=())
+def matmul(
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """`x` [..., in_features] times the transposed weight: [..., out_features], dtype of `x`."""
+    return reference.matmul(x, W_q, scale, offset, _spec(nbits, group_size, axis), (out_features, in_features))
+
+
+@matmul.register_fake
+def _(
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("hqqplus::matmul_dx", mutates_args=())
+def matmul_dx(
+    dy: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """`dy` [..., out_features] times the weight: [..., in_features], dtype of `dy`. The backward of `matmul`."""
+    return reference.matmul_dx(dy, W_q, scale, offset, _spec(nbits, group_size, axis), (out_features, in_features))
+
+
+@matmul_dx.register_fake
+def _(
+    dy: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, W_q, scale, offset, *sizes = inputs
+    ctx.save_for_backward(W_q, scale, offset)
+    ctx.sizes = sizes
+
+
+def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx = matmul_dx(dy.contiguous(), *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
+    return dx, *([None] * 8)
+
+
+def _matmul_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    ddy = matmul(ddx.contiguous(), *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
+    return ddy, *([None] * 8)
+
+
+matmul.register_autograd(_matmul_backward, setup_context=_keep_packed)
+matmul_dx.register_autograd(_matmul_dx_backward, setup_context=_keep_packed)
+
+
+@torch.library.custom_op("hqqplus::embedding", mutates_args=())
+def embedding(
+    ids: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    nbits: int,
+    group_size: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows `ids` [...] of a packed embedding (axis 1): [..., width] in `dtype`."""
+    return reference.embedding(ids, W_q, scale, offset, _spec(nbits, group_size, 1), width, dtype)
+
+
+@embedding.register_fake
+def _(
+    ids: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    nbits: int,
+    group_size: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return scale.new_empty((*ids.shape, width), dtype=dtype)

@@ -1,0 +1,42 @@
+"""The ops in plain torch, on any device: what every other backend is compared with.
+
+    dequantize   W = scale * codes + offset, group by group          [out_features, in_features]
+    matmul       y = x W^T                                           [..., in] -> [..., out]
+    matmul_dx    dx = dy W                                           [..., out] -> [..., in]
+    embedding    W[ids]                                              [...] -> [..., width]
+
+The affine map is evaluated in float32 and rounded once to the dtype of the activations; the product is then an
+ordinary matrix product in that dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hqqplus.quantization.spec import QuantSpec
+from hqqplus.quantization.tensor import dequantize_matrix, dequantize_rows
+
+
+def dequantize(
+    W_q: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    return dequantize_matrix(W_q, scale, offset, spec, shape, dtype)
+
+
+def matmul(x: Tensor, W_q: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    return torch.nn.functional.linear(x, dequantize(W_q, scale, offset, spec, shape, x.dtype))
+
+
+def matmul_dx(
+    dy: Tensor, W_q: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec, shape: tuple[int, int]
+) -> Tensor:
+    return dy @ dequantize(W_q, scale, offset, spec, shape, dy.dtype)
+
+
+def embedding(
+    ids: Tensor, W_q: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec, width: int, dtype: torch.dtype
+) -> Tensor:
+    rows = ids.reshape(-1)
+    values = dequantize_rows(W_q[rows], scale[rows], offset[rows], spec, width, dtype)
+    return values.reshape(*ids.shape, width).contiguous()

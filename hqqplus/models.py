@@ -1,0 +1,336 @@
+"""Models by name: parents, packed folders, packed folders with an adapter; and what is written of them.
+
+The trap that this module exists for: a packed folder read by transformers alone, without `import hqqplus`, comes up
+as a freshly initialised model with no more than a warning. `hqqplus.load` cannot be used without importing it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hqqplus.adapters.fingerprint import Fingerprint, check_base, packed_sha256
+from hqqplus.embedded import MODEL_DIR, MODEL_NAME
+from hqqplus.errors import UserError
+from hqqplus.files import replacing_folder
+
+if TYPE_CHECKING:
+    from hqqplus.integrations.transformers import HqqPlusConfig
+
+# Files that hold weights, in the order transformers looks for them.
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def resolve_name(name: str) -> str:
+    """`embedded:pydoc` -> its folder; every other name as it is."""
+    return str(MODEL_DIR) if name == MODEL_NAME else name
+
+
+def check_folder(name: str, where: str) -> None:
+    """Refuse what is meant as a local model folder but is none.
+
+    Raises:
+        UserError: if the path does not exist, or lacks `config.json` or weights.
+    """
+    path = Path(resolve_name(name)).expanduser()
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(f"{where}: {name}: no such folder")
+        return
+    if not path.is_dir():
+        raise UserError(f"{where}: {name}: expected a model folder or a hub id, this is a file")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{where}: {name}: this folder holds no model (no config.json)")
+    if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
+        raise UserError(f"{where}: {name}: this folder holds no weights (no *.safetensors)")
+
+
+@contextmanager
+def _one_sentence(name: str, where: str) -> Iterator[None]:
+    """Turn what transformers raises for a bad checkpoint into a `UserError` of one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {name}: {error}") from None
+    except SafetensorError as error:
+        raise UserError(f"{where}: {name}: a weight file is truncated or damaged ({error})") from None
+    except (OSError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{where}: {name}: {first}") from None
+    except ValueError as error:
+        # "Unrecognized model", "... does not recognize this architecture", a refused remote-code model, NaN weights
+        raise UserError(f"{where}: {name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """What `dtype: auto` means: bfloat16 on a GPU that has it (else float16), float32 on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    quantization: HqqPlusConfig | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    where: str = "model.name_or_path",
+) -> Any:
+    """`AutoModelForCausalLM.from_pretrained` with a device, a dtype and clear errors.
+
+    With `quantization` a full-precision model is quantized while it loads; a packed one keeps its own.
+
+    Raises:
+        UserError: naming `where` and `name`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import hqqplus.integrations.transformers  # noqa: F401  registers the quantizer
+
+    check_folder(name, where)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_dtype = (
+        default_dtype(device) if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    )
+    arguments: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}
+    if revision is not None:
+        arguments["revision"] = revision
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+    if device.type != "cpu":
+        arguments["device_map"] = {"": device}
+    with _one_sentence(name, where):
+        return AutoModelForCausalLM.from_pretrained(resolve_name(name), use_safetensors=True, **arguments)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, where: str = "model.name_or_path"
+) -> Any:
+    """The tokenizer of a model. One without a padding token pads with its end of sequence.
+
+    Raises:
+        UserError: naming `where` and `name`.
+    """
+    from transformers import AutoTokenizer
+
+    with _one_sentence(name, where):
+        arguments = {"revision": revision} if revision is not None else {}
+        tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code, **arguments)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"{where}: {name}: the tokenizer has neither a padding nor an end-of-sequence token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def is_packed(name: str) -> bool:
+    """Whether local folder `name` holds a packed model."""
+    path = Path(resolve_name(name)) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return config.get("quantization_config", {}).get("quant_method") == "hqqplus"
+
+
+def load(
+    name: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a model for use: a packed folder, a full-precision one, or either with an adapter on top.
+
+    Args:
+        name: folder or hub id of the base, or an adapter folder written by hqqplus (its base is then looked up in it).
+        adapter: folder of an adapter. If the base is not packed, it is quantized as the adapter's fingerprint says.
+        revision, trust_remote_code: as in transformers, for the base.
+        dtype: a torch dtype or its name; "auto" is bfloat16 on a GPU and float32 on a CPU.
+        device: where to; by default the GPU if there is one.
+
+    Returns:
+        A transformers model in evaluation mode, or a `PeftModel` around it.
+
+    Raises:
+        UserError: if anything is missing or damaged, or if the adapter was trained on another base.
+    """
+    _, adapter, model = _load_base(name, adapter, revision, dtype, device, trust_remote_code)
+    return model if adapter is None else put_adapter(model, adapter)
+
+
+def _load_base(
+    name: str | Path,
+    adapter: str | Path | None,
+    revision: str | None,
+    dtype: str | torch.dtype,
+    device: torch.device | str | None,
+    trust_remote_code: bool,
+) -> tuple[str, str | Path | None, Any]:
+    """(base name, adapter folder, base model), with the base that the adapter's fingerprint asks for."""
+    from hqqplus.integrations.transformers import HqqPlusConfig
+
+    base = str(name)
+    if adapter is None and (Path(base) / "adapter_config.json").is_file():
+        fingerprint, adapter = Fingerprint.read(base), base
+        if fingerprint is None:
+            raise UserError(
+                f"{base}: this adapter has no hqqplus.json that names its base: give the base and the adapter"
+            )
+        base, revision = fingerprint.base, revision or fingerprint.revision
+    quantization = None
+    if adapter is not None:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise UserError(f"adapter: {adapter}: this folder holds no adapter (no adapter_config.json)")
+        fingerprint = Fingerprint.read(adapter)
+        if fingerprint is not None and not is_packed(base):
+            quantization = HqqPlusConfig(**fingerprint.quantization)
+    model = load_causal_lm(
+        base,
+        quantization=quantization,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        where="model",
+    )
+    return base, adapter, model
+
+
+def put_adapter(model: Any, adapter: str | Path, check: bool = True) -> Any:
+    """`PeftModel.from_pretrained(model, adapter)`, refused by fingerprint (`check`) where the base is another one.
+
+    Raises:
+        UserError: as said, or if the adapter's files are damaged.
+    """
+    from peft import PeftModel
+
+    if check:
+        check_base(model, adapter)
+    with _one_sentence(str(adapter), "adapter"):
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def fingerprint_of(model: Any, base: str, revision: str | None, versions: dict[str, str]) -> Fingerprint:
+    """The fingerprint of quantized `model`, which was loaded from `base`."""
+    config = model.config.quantization_config
+    commit = revision or getattr(model.config, "_commit_hash", None)
+    quantization = {k: v for k, v in config.to_dict().items() if k != "quant_method"}
+    return Fingerprint(base, commit, packed_sha256(model), quantization, versions)
+
+
+def save_packed(model: Any, tokenizer: Any, folder: str | Path, fingerprint: Fingerprint) -> None:
+    """Write packed safetensors, tokenizer, fingerprint and a card to `folder`, all of it or nothing."""
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        fingerprint.write(temporary)
+        (temporary / "README.md").write_text(_PACKED_CARD.format(what=fingerprint.describe()), encoding="utf-8")
+
+
+def quantize_folder(
+    name: str,
+    output: str | Path,
+    quantization: HqqPlusConfig,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    versions: dict[str, str] | None = None,
+) -> Any:
+    """Quantize model `name` while loading it and write the packed model to `output`. Returns the model.
+
+    Raises:
+        UserError: if the model cannot be read, or is packed already.
+    """
+    if is_packed(name):
+        raise UserError(f"model: {name}: this model is packed already; quantize its parent")
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "where": "model"}
+    tokenizer = load_tokenizer(name, **options)
+    model = load_causal_lm(name, quantization=quantization, dtype=dtype, device=device, **options)
+    save_packed(model, tokenizer, output, fingerprint_of(model, name, revision, versions or {}))
+    return model
+
+
+def export(name: str, adapter: str | Path | None, output: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write dequantized base + adapter as an ordinary 16-bit checkpoint, for tools that know nothing of packed layers.
+
+    The size is the parent's again; the quality is that of the recovered model, up to the rounding to `dtype`.
+
+    Raises:
+        UserError: if base or adapter are missing, damaged, or do not belong together.
+    """
+    base, adapter, model = _load_base(name, adapter, None, torch.float32, "cpu", False)
+    has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(adapter) if has_tokenizer else base, where="model")
+    if adapter is not None:
+        check_base(model, adapter)
+    if getattr(model, "is_quantized", False):
+        model = model.dequantize(torch.float32)
+    if adapter is not None:
+        # Merged only now, in full precision: nothing is quantized a second time.
+        model = put_adapter(model, adapter, check=False).merge_and_unload()
+    with replacing_folder(output) as temporary:
+        model.to(dtype).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def parent_weights(name: str, revision: str | None = None) -> Callable[[str], torch.Tensor]:
+    """A reader of single weights of a full-precision checkpoint: module name -> its weight, straight from disk.
+
+    Raises (the reader):
+        UserError: if the checkpoint has no weight of that name.
+    """
+    from safetensors import safe_open
+
+    folder = Path(resolve_name(name))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            files.update(dict.fromkeys(tensors.keys(), path))
+
+    def read(module: str) -> torch.Tensor:
+        key = f"{module}.weight"
+        if key not in files:
+            raise UserError(f"{name}: no tensor {key!r} to compare the packed layer with")
+        with safe_open(files[key], framework="pt") as tensors:
+            return tensors.get_tensor(key)
+
+    return read
+
+
+_PACKED_CARD = """---
+library_name: hqqplus
+---
+
+# {what}
+
+**Import `hqqplus` before loading this folder.** transformers alone does not know the format: it would bring the model
+up with random weights and only a warning.
+
+```python
+import hqqplus
+
+model = hqqplus.load("THIS_FOLDER")
+```
+"""

@@ -1,0 +1,76 @@
+"""`PackedLinear`: what stands in a model where `nn.Linear` stood."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+import hqqplus.kernels  # noqa: F401  registers torch.ops.hqqplus
+from hqqplus.modules.packed import PackedState
+from hqqplus.quantization import QuantSpec, quantize
+
+
+class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight is a read-only property here
+    """A frozen linear layer over a packed weight: `y = x W^T + bias`, `x` [..., in_features].
+
+    A subclass of `nn.Linear` so that code which looks for linear layers finds it, but built as a bare module: there
+    is no full-precision weight, ever.
+
+    Args:
+        in_features, out_features: as in `nn.Linear`.
+        bias: whether there is a bias; it stays in full precision, in `compute_dtype` unless it is loaded otherwise.
+        spec: how the weight is quantized.
+        compute_dtype: the dtype that `weight` and `dequantize()` return; products are in the dtype of their input.
+        device: where the (uninitialised) parameters are made.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        spec: QuantSpec,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._init_packed(spec, (out_features, in_features), compute_dtype, device)
+        if bias:
+            empty = torch.empty(out_features, dtype=compute_dtype, device=device)
+            self.bias = nn.Parameter(empty, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, spec: QuantSpec) -> Self:
+        """Quantize `linear`. Its bias is taken over (frozen), its weight is left alone.
+
+        Raises:
+            ValueError: if the weight holds NaN or infinite values.
+        """
+        layer = cls(linear.in_features, linear.out_features, False, spec, linear.weight.dtype, device="meta")
+        layer.set_packed(quantize(linear.weight, spec))
+        layer.take_bias(linear)
+        return layer.train(linear.training)
+
+    def take_bias(self, linear: nn.Linear) -> None:
+        """Share the bias of `linear`, frozen. The Parameter itself is kept: it may be still on its way from disk."""
+        if linear.bias is not None:
+            linear.bias.requires_grad_(False)
+            self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        spec = self.spec
+        y = torch.ops.hqqplus.matmul(
+            x, self.W_q, *self.metadata(), spec.nbits, spec.group_size, spec.axis, self.out_features, self.in_features
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._describe()}"

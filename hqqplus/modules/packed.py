@@ -1,0 +1,95 @@
+"""What the packed layers share: their state, and how it is described.
+
+All packed state is `nn.Parameter(requires_grad=False)` of an integer type. As integers no cast can touch it; as
+parameters (not buffers) DDP sends it once, FSDP2 shards it and offloading moves it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hqqplus.quantization import PackedTensor, QuantSpec
+from hqqplus.quantization.metadata import from_storage
+from hqqplus.quantization.tensor import STATE_NAMES, state_shapes
+
+
+class PackedState(nn.Module):
+    """Mixin of the packed layers: parameters `W_q`, `scale`, `offset` and the matrix that they stand for.
+
+    Attributes:
+        spec: how the matrix is quantized.
+        matrix_shape: (rows, columns) of the full matrix: (out_features, in_features) of a linear layer,
+            (num_embeddings, embedding_dim) of an embedding.
+        compute_dtype: the dtype of `weight` and of what `dequantize` returns by default.
+    """
+
+    W_q: nn.Parameter
+    scale: nn.Parameter
+    offset: nn.Parameter
+    spec: QuantSpec
+    matrix_shape: tuple[int, int]
+    compute_dtype: torch.dtype
+
+    def _init_packed(
+        self, spec: QuantSpec, shape: tuple[int, int], compute_dtype: torch.dtype, device: torch.device | str | None
+    ) -> None:
+        self.spec, self.matrix_shape, self.compute_dtype = spec, shape, compute_dtype
+        for name, (size, dtype) in state_shapes(spec, *shape).items():
+            setattr(self, name, nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False))
+
+    def set_packed(self, packed: PackedTensor) -> None:
+        """Take over the tensors of `packed`, which must have this layer's spec and shape.
+
+        Raises:
+            ValueError: if it has not.
+        """
+        if (packed.spec, packed.shape) != (self.spec, self.matrix_shape):
+            raise ValueError(f"{packed.spec} of {packed.shape} does not fit {self.spec} of {self.matrix_shape}")
+        for name, tensor in packed.state().items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def packed(self) -> PackedTensor:
+        """The matrix as a `PackedTensor` (sharing the tensors)."""
+        W_q, scale, offset = (getattr(self, name).data for name in STATE_NAMES)
+        return PackedTensor(W_q, scale, offset, self.spec, self.matrix_shape)
+
+    def metadata(self) -> tuple[Tensor, Tensor]:
+        """scale and offset as 16-bit floats [rows, groups]: views of the stored integers."""
+        name = self.spec.metadata_dtype
+        return from_storage(self.scale, name), from_storage(self.offset, name)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The full matrix in `dtype` (default: the compute dtype)."""
+        spec = self.spec
+        return torch.ops.hqqplus.dequantize(
+            self.W_q,
+            *self.metadata(),
+            spec.nbits,
+            spec.group_size,
+            spec.axis,
+            *self.matrix_shape,
+            dtype or self.compute_dtype,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The full matrix, dequantized at every access. Read-only: writing into it changes nothing.
+
+        It is here for code that reads `layer.weight`: its dtype and device, or a fused loss that multiplies by it.
+        """
+        return self.dequantize()
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.packed().bits_per_weight
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in STATE_NAMES)
+
+    def _describe(self) -> str:
+        spec = self.spec
+        group = "row" if spec.group_size == -1 else spec.group_size
+        axis = "" if spec.axis == 1 else ", axis=0"
+        return f"nbits={spec.nbits}, group_size={group}{axis}, bpw={spec.bits_per_weight(*self.matrix_shape):.3f}"

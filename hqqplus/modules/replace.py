@@ -1,0 +1,159 @@
+"""Putting packed layers into a model, and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from hqqplus.modules.embedding import PackedEmbedding
+from hqqplus.modules.linear import PackedLinear
+from hqqplus.modules.packed import PackedState
+from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, quantize
+
+# (module name, full-precision weight, what it was packed to)
+PackingObserver = Callable[[str, Tensor, PackedTensor], None]
+_observers: ContextVar[tuple[PackingObserver, ...]] = ContextVar("hqqplus_packing_observers", default=())
+
+
+@contextmanager
+def observe_packing(observer: PackingObserver) -> Iterator[None]:
+    """Within the block, `observer` sees every weight beside its packed form, as it is packed.
+
+    That moment is the only one at which both are in memory; the residual start of LoRA is computed then.
+    """
+    token = _observers.set((*_observers.get(), observer))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
+def plan_modules(
+    model: nn.Module,
+    plan: QuantPlan,
+    only_if_named: frozenset[str] = frozenset(),
+    tied: tuple[str, str] | None = None,
+) -> dict[str, QuantSpec]:
+    """Which modules of `model` become packed, and how: dotted name -> spec.
+
+    Linear layers follow the plan. Embeddings, and the modules in `only_if_named` (output heads), are packed only
+    where an override names them. `tied` = (embedding, head) share one weight: naming either packs both, alike.
+
+    Raises:
+        ValueError: if the overrides give the two tied modules different specs, or an embedding axis 0.
+    """
+    specs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedState):
+            continue
+        # Exact types: a subclass (another library's quantized layer, a LoRA wrapper) has its own idea of `weight`.
+        if type(module) is nn.Linear and name not in only_if_named:
+            spec = plan.spec_for(name)
+        elif type(module) in (nn.Linear, nn.Embedding):
+            spec = plan.override_for(name)
+        else:
+            continue
+        if spec is not None:
+            specs[name] = spec
+    if tied is not None:
+        named = {specs[name] for name in tied if name in specs}
+        if len(named) > 1:
+            raise ValueError(f"{tied[0]} and {tied[1]} share one weight, but the overrides give them different bits")
+        specs.update(dict.fromkeys(tied, *named) if named else {})
+    for name, spec in specs.items():
+        if isinstance(model.get_submodule(name), nn.Embedding) and spec.axis != 1:
+            raise ValueError(f"{name} is an embedding: it is quantized along its rows, axis must be 1")
+    return specs
+
+
+def empty_packed(module: nn.Module, spec: QuantSpec, compute_dtype: torch.dtype) -> PackedLinear | PackedEmbedding:
+    """The packed counterpart of a linear layer or embedding on the meta device, to be filled from a checkpoint."""
+    if isinstance(module, nn.Embedding):
+        sizes = module.num_embeddings, module.embedding_dim
+        return PackedEmbedding(*sizes, spec, compute_dtype, module.padding_idx, device="meta")
+    assert isinstance(module, nn.Linear)
+    packed = PackedLinear(module.in_features, module.out_features, False, spec, compute_dtype, device="meta")
+    packed.take_bias(module)
+    return packed
+
+
+def pack_module(
+    model: nn.Module, name: str, weight: Tensor, spec: QuantSpec, compute_dtype: torch.dtype
+) -> PackedLinear | PackedEmbedding:
+    """Quantize `weight` and put the packed layer in the place of module `name` of `model`.
+
+    Raises:
+        ValueError: if the weight holds NaN or infinite values; the message names the tensor.
+    """
+    try:
+        packed = quantize(weight, spec)
+    except ValueError as error:
+        raise ValueError(f"{name}.weight: {error}") from None
+    for observer in _observers.get():
+        observer(name, weight, packed)
+    module = model.get_submodule(name)
+    layer = empty_packed(module, spec, compute_dtype)
+    layer.set_packed(packed)
+    model.set_submodule(name, layer.train(module.training))
+    return layer
+
+
+def tie_head(model: nn.Module, tied: tuple[str, str]) -> None:
+    """Give the packed embedding `tied[0]` an output head on the same packed tensors in the place of `tied[1]`."""
+    embedding = model.get_submodule(tied[0])
+    assert isinstance(embedding, PackedEmbedding)
+    head = embedding.tied_head()
+    old = model.get_submodule(tied[1])
+    if isinstance(old, nn.Linear):
+        head.take_bias(old)
+    model.set_submodule(tied[1], head)
+
+
+def unpack_modules(model: nn.Module, dtype: torch.dtype, tied: tuple[str, str] | None = None) -> None:
+    """Replace every packed layer by an ordinary one with the dequantized weight in `dtype`; tied ones stay tied."""
+    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedState)]
+    for name, module in packed:
+        with torch.device("meta"):
+            plain: nn.Linear | nn.Embedding
+            if isinstance(module, PackedEmbedding):
+                plain = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
+            else:
+                assert isinstance(module, PackedLinear)
+                plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+        plain.weight = nn.Parameter(module.dequantize(dtype))
+        if isinstance(module, PackedLinear) and isinstance(plain, nn.Linear) and module.bias is not None:
+            plain.bias = nn.Parameter(module.bias.detach().to(dtype))
+        model.set_submodule(name, plain.train(module.training))
+    if packed and tied is not None:
+        head, embedding = model.get_submodule(tied[1]), model.get_submodule(tied[0])
+        head.weight = embedding.weight
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding]:
+    """Dotted name -> packed layer, in the order of the model."""
+    kinds = (PackedLinear, PackedEmbedding)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Bits stored for the packed linear layers, metadata included, over their number of weights.
+
+    A head that shares an embedding's tensors is counted with the embedding, that is not at all. NaN without any.
+    """
+    modules: Mapping[str, PackedState] = packed_modules(model)
+    shared = {id(module.W_q) for module in modules.values() if isinstance(module, PackedEmbedding)}
+    linears = [m for m in modules.values() if isinstance(m, PackedLinear) and id(m.W_q) not in shared]
+    weights = sum(m.in_features * m.out_features for m in linears)
+    return 8 * sum(m.packed_bytes for m in linears) / weights if weights else float("nan")
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters of `model` with floats in 16 bits, as they are shipped; each shared one once.
+
+    A model computes in float32 on a CPU, which says nothing about its size.
+    """
+    return sum(p.numel() * (2 if p.is_floating_point() else p.element_size()) for p in model.parameters())

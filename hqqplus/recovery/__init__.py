@@ -1,0 +1,1 @@
+"""Recovery of a packed model: set-up, measurements, checkpoints."""

@@ -1,0 +1,142 @@
+"""What a run settles before it trains: the device, the data, the settings of the trainer, the adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hqqplus.data import RowForm, load_rows
+from hqqplus.errors import UserError
+from hqqplus.evaluation.perplexity import Windows
+from hqqplus.recipe import Recipe
+
+Say = Callable[[str], None]
+
+# With neither an evaluation file nor a split named, so many of the training rows are held out.
+_HELD_OUT_SHARE, _HELD_OUT_MOST = 0.05, 500
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Rows to train on, as TRL wants them, and documents to measure on: set name -> texts."""
+
+    train: Any
+    texts: dict[str, list[str]]
+
+
+EVALUATION_SET = "evaluation"
+
+
+def load_data(recipe: Recipe, tokenizer: Any, say: Say) -> RunData:
+    """Read the training rows and every evaluation set that the recipe names.
+
+    Raises:
+        UserError: for a file, split, column or row that is missing or wrong.
+    """
+    section = recipe.data
+    form = RowForm(section.text_field, section.prompt, section.completion, section.messages)
+    rows = load_rows(section.path_or_name, section.split, section.config_name)
+    form.check(rows, "data.path_or_name")
+    if section.eval_path_or_name or section.eval_split:
+        held_out = load_rows(
+            section.eval_path_or_name or section.path_or_name,
+            section.eval_split or "train",
+            # A configuration belongs to the hub name that it was given with.
+            None if section.eval_path_or_name else section.config_name,
+            where="data.eval_path_or_name" if section.eval_path_or_name else "data.eval_split",
+        )
+        form.check(held_out, "data.eval_path_or_name")
+    else:
+        count = min(max(1, int(len(rows) * _HELD_OUT_SHARE)), _HELD_OUT_MOST)
+        if len(rows) < 2:
+            raise UserError("data.path_or_name: one row is too few to train on and to hold out from")
+        parts = rows.train_test_split(test_size=count, seed=recipe.seed)
+        rows, held_out = parts["train"], parts["test"]
+        say(f"no evaluation set named: {count} training rows are held out (data.eval_path_or_name or data.eval_split)")
+    texts = {EVALUATION_SET: form.documents(held_out, tokenizer)}
+    for name, path in recipe.evaluation.texts.items():
+        further = load_rows(path, where=f"evaluation.texts.{name}")
+        column = "text" if "text" in further.column_names else further.column_names[0]
+        texts[name] = RowForm(text_field=column).documents(further, tokenizer)
+    return RunData(form.to_sft(rows, tokenizer.eos_token if section.eos else None), texts)
+
+
+def trainer_settings(recipe: Recipe, device: torch.device, say: Say) -> dict[str, Any]:
+    """The arguments of `SFTConfig`: what the recipe says, and what it leaves open settled for `device`."""
+    settings = dict(recipe.training)
+    cuda = device.type == "cuda"
+    if "optim" not in settings:
+        settings["optim"] = "paged_adamw_8bit" if cuda else "adamw_torch"
+        if not cuda:
+            say("training.optim: adamw_torch, because paged_adamw_8bit (the default) pages between GPU and CPU memory")
+    elif not cuda and str(settings["optim"]).startswith("paged_"):
+        say(f"training.optim: {settings['optim']} runs unpaged on a CPU")
+    if "bf16" not in settings and "fp16" not in settings:
+        settings["bf16"] = cuda and torch.cuda.is_bf16_supported()
+    if "eval_steps" in settings:
+        settings.setdefault("eval_strategy", "steps")
+    settings.setdefault("save_total_limit", 2)
+    settings.setdefault("use_cpu", device.type == "cpu")
+    # The frozen base never gets a gradient, and has no buffers worth sending every step.
+    settings.setdefault("ddp_find_unused_parameters", False)
+    settings.setdefault("ddp_broadcast_buffers", False)
+    report_to = recipe.tracking.report_to
+    return {
+        **settings,
+        "output_dir": recipe.output_dir,
+        "seed": recipe.seed,
+        "max_length": recipe.data.max_length,
+        "packing": recipe.data.packing,
+        "eval_packing": False,
+        "report_to": [report_to] if isinstance(report_to, str) else list(report_to),
+        "run_name": recipe.tracking.run,
+    }
+
+
+def set_up_tracking(recipe: Recipe) -> None:
+    """Hand the tracking section to wandb by its own environment variables; a variable set by the user wins."""
+    for name, value in (("WANDB_PROJECT", recipe.tracking.project), ("WANDB_MODE", recipe.tracking.mode)):
+        if value is not None:
+            os.environ.setdefault(name, value)
+
+
+def add_adapter(model: Any, recipe: Recipe) -> Any:
+    """`get_peft_model` as the recipe's adapter section says, with PEFT's own start.
+
+    Raises:
+        UserError: if the target modules name nothing, or the output head.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    section = recipe.adapter
+    targets = section.target_modules
+    config = LoraConfig(
+        r=section.r,
+        lora_alpha=section.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r or sqrt(r): a float is fine
+        lora_dropout=section.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_dora=section.use_dora,
+        use_rslora=section.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    head: Any = model.get_output_embeddings()
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
+    if adapted.get_base_model().get_output_embeddings() is not head:
+        raise UserError(
+            "adapter.target_modules: LoRA on the output head is not supported (its loss is fused): leave it out"
+        )
+    return adapted
+
+
+def as_dataset(windows: Windows) -> Any:
+    """The windows as a data set. The trainer wants one before it evaluates; ours measures the windows themselves."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": [window.tolist() for window in windows.input_ids]})

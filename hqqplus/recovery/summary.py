@@ -1,0 +1,36 @@
+"""From measurements and the trainer's log to what the report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hqqplus.recipe import Recipe
+from hqqplus.recovery.measure import Measurement
+
+STAGES = ("parent", "quantized", "recovered")
+
+
+def curve(log_history: Iterable[Mapping[str, Any]], key: str) -> list[list[float]]:
+    """[step, value] of every entry of the trainer's log that has `key`."""
+    return [[entry["step"], entry[key]] for entry in log_history if key in entry]
+
+
+def side_by_side(prompts: Sequence[str], measured: Mapping[str, Measurement | None]) -> list[dict[str, Any]]:
+    """One row a prompt: the prompt and its completion at every stage that was measured."""
+    return [
+        {"prompt": prompt, **{stage: m.samples[i] if m else None for stage, m in measured.items()}}
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def further_sets(names: Iterable[str], measured: Mapping[str, Measurement | None]) -> dict[str, dict[str, Any]]:
+    """Perplexity of every stage on each further evaluation set."""
+    return {name: {stage: m.perplexities[name] if m else None for stage, m in measured.items()} for name in names}
+
+
+def how_to_load(recipe: Recipe, adapter: Path) -> str:
+    """The Python lines that load what the run made."""
+    base = recipe.quantization.save_to or recipe.model.name_or_path
+    return f'import hqqplus\n\nmodel = hqqplus.load("{base}", adapter="{adapter}")\n'

@@ -1,0 +1,227 @@
+"""Quantize, recover, measure, ship: the whole run, from one recipe.
+
+    accelerate launch -m hqqplus.train recipes/llama3_8b_1bit.yaml [key=value ...]
+    python -m hqqplus.train recipes/embedded_2bit.yaml
+
+The same command again continues from the last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hqqplus.errors import UserError
+from hqqplus.recipe import Recipe, load_recipe, recipe_digest, to_dict
+
+if TYPE_CHECKING:
+    from hqqplus.evaluation.report import Report
+    from hqqplus.recovery.measure import Measurement
+
+ADAPTER_FOLDER = "adapter"
+
+
+def run(recipe: Recipe) -> Report:
+    """Run `recipe` from start to end, or from where it was left, and return its report.
+
+    Writes to `recipe.output_dir`: `adapter/` (weights in bf16, tokenizer, model card, `hqqplus.json`), `report.json`,
+    `report.md`, `report.png`, and the checkpoints of the training.
+
+    Raises:
+        UserError: for everything that is the user's to mend.
+    """
+    import torch
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from hqqplus import models
+    from hqqplus.adapters import adapter_size, apply_residual_start, round_adapter, ship_adapter
+    from hqqplus.adapters.card import model_card
+    from hqqplus.evaluation.perplexity import make_windows, recovery
+    from hqqplus.evaluation.report import Report, environment, print_report, write_report
+    from hqqplus.integrations.trl import RecoveryTrainer, sft_config
+    from hqqplus.modules import bits_per_weight, model_bytes
+    from hqqplus.recovery import setup, summary
+    from hqqplus.recovery.backbone import load_backbone, load_options, parent_name
+    from hqqplus.recovery.checkpoints import checkpoint_folder, discard_incomplete, last_complete, write_manifest
+    from hqqplus.recovery.measure import Meter, Notebook
+
+    # 1. Where: the processes and the device, the settings of the trainer, a checkpoint to continue from.
+    state = PartialState(cpu=bool(recipe.training.get("use_cpu", False)))
+    output_dir = Path(recipe.output_dir)
+
+    def say(text: str) -> None:
+        if state.is_main_process:
+            print(f"hqqplus: {text}", flush=True)
+
+    resume = last_complete(output_dir, recipe)
+    setup.set_up_tracking(recipe)
+    arguments = sft_config(setup.trainer_settings(recipe, state.device, say), "recipe")
+    if state.is_main_process:
+        for broken in discard_incomplete(output_dir):
+            say(f"{broken} is incomplete (the run was stopped while it was written): removed")
+    state.wait_for_everyone()
+
+    # 2. Data: rows to train on, and windows to measure every model on.
+    section = recipe.model
+    tokenizer = models.load_tokenizer(
+        section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    data = setup.load_data(recipe, tokenizer, say)
+    windows = {
+        name: make_windows(
+            texts, tokenizer, recipe.data.max_length, recipe.evaluation.max_tokens, name, join=recipe.evaluation.join
+        )
+        for name, texts in data.texts.items()
+    }
+    meter = Meter(
+        windows, tokenizer, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens, recipe.evaluation.batch_size
+    )
+    notes = Notebook(output_dir, writes=state.is_main_process)
+    described = to_dict(recipe)
+    depends = {key: described[key] for key in ("model", "data", "evaluation", "seed")} | {
+        "device": str(state.device.type)
+    }
+
+    # 3. The parent, in full precision: what the rest is measured against.
+    parent: Measurement | None = None
+    name = parent_name(recipe)
+    if recipe.evaluation.parent and name is not None:
+
+        def measure_parent() -> Measurement:
+            say(f"measuring the parent {name}")
+            model = models.load_causal_lm(name, **load_options(recipe, state.device))
+            measured = meter.measure(model, model_bytes(model))
+            del model
+            _free(torch)
+            return measured
+
+        parent = notes.recall("parent", depends, measure_parent)
+        say(f"parent: perplexity {parent.perplexities[setup.EVALUATION_SET]:.2f}")
+
+    # 4. The backbone: quantized while it loads, then frozen.
+    residual = recipe.adapter.init == "residual" and resume is None
+    versions = environment()
+    backbone = load_backbone(recipe, tokenizer, state.device, versions, residual, writes=state.is_main_process)
+    model = backbone.model.requires_grad_(False)
+    bpw, backbone_bytes = bits_per_weight(model), model_bytes(model)
+    quantized = notes.recall(
+        "quantized",
+        [depends, described["quantization"], backbone.fingerprint.packed_sha256],
+        lambda: meter.measure(model, backbone_bytes),
+    )
+    say(f"quantized to {bpw:.2f} bits per weight: perplexity {quantized.perplexities[setup.EVALUATION_SET]:.2f}")
+
+    # 5. The adapter: LoRA on the packed projections, from PEFT's start or from what quantization lost.
+    set_seed(recipe.seed)
+    model = setup.add_adapter(model, recipe)
+    if backbone.factors is not None:
+        apply_residual_start(model, backbone.factors)
+    parameters, adapter_bytes = adapter_size(model)
+    say(f"adapter: {parameters:,} parameters, {adapter_bytes / 1e6:.1f} MB in bf16")
+
+    # 6. Recovery: TRL's SFT, from the last complete checkpoint if there is one.
+    seconds, tokens = (resume[1].train_seconds, resume[1].tokens) if resume else (0.0, 0)
+
+    def on_checkpoint(step: int, spent: float, seen: int) -> None:
+        write_manifest(checkpoint_folder(output_dir, step), recipe, step, seconds + spent, tokens + seen)
+
+    def evaluate(model: Any, index: int, count: int, reduce: Any) -> Any:
+        shared = Meter(
+            windows,
+            tokenizer,
+            (),
+            1,
+            recipe.evaluation.batch_size,
+            process_index=index,
+            num_processes=count,
+            reduce=reduce,
+        )
+        return shared.perplexity(model, setup.EVALUATION_SET)
+
+    trainer = RecoveryTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=setup.as_dataset(windows[setup.EVALUATION_SET]) if arguments.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        evaluator=evaluate,
+        on_checkpoint=on_checkpoint,
+    )
+    if resume:
+        say(f"continuing from {resume[0]}")
+    trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
+    seconds, tokens = seconds + trainer.seconds, tokens + trainer.tokens
+
+    # 7. After: the adapter as it will be shipped, measured like the two before it.
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    round_adapter(model)
+    recovered = meter.measure(model, backbone_bytes + adapter_bytes)
+    measured = {"parent": parent, "quantized": quantized, "recovered": recovered}
+    perplexities: dict[str, Any] = {
+        stage: m.perplexities[setup.EVALUATION_SET] if m else None for stage, m in measured.items()
+    }
+    report = Report(
+        name=output_dir.name,
+        **{f"ppl_{stage}": value for stage, value in perplexities.items()},
+        recovery=recovery(*perplexities.values()),
+        bits_per_weight=bpw,
+        backbone_bytes=backbone_bytes,
+        parent_bytes=parent.model_bytes if parent else 0,
+        adapter_bytes=adapter_bytes,
+        adapter_parameters=parameters,
+        train_seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds else 0.0,
+        device=torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type,
+        samples=summary.side_by_side(recipe.evaluation.prompts, measured),
+        texts=summary.further_sets(recipe.evaluation.texts, measured),
+        loss_curve=summary.curve(trainer.state.log_history, "loss"),
+        ppl_curve=summary.curve(trainer.state.log_history, "eval_perplexity"),
+        evaluation={
+            "tokens": windows[setup.EVALUATION_SET].tokens,
+            "max_length": recipe.data.max_length,
+            "dtype": str(backbone.model.dtype).removeprefix("torch."),
+            "recipe_digest": recipe_digest(recipe),
+        },
+        recipe=described,
+        versions=versions,
+    )
+
+    # 8. Ship: adapter, card, fingerprint and report.
+    if state.is_main_process:
+        card = model_card(
+            title=f"{output_dir.name} adapter", recipe=described, report=report, base=backbone.fingerprint.base
+        )
+        ship_adapter(model, tokenizer, output_dir / ADAPTER_FOLDER, backbone.fingerprint, card)
+        write_report(report, output_dir, summary.how_to_load(recipe, output_dir / ADAPTER_FOLDER))
+        print_report(report)
+        say(f"adapter in {output_dir / ADAPTER_FOLDER}, report in {output_dir / 'report.md'}")
+    state.wait_for_everyone()
+    return report
+
+
+def _free(torch: Any) -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m hqqplus.train RECIPE [key=value ...]`; returns the exit code (2 for a user's mistake)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__, file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        run(load_recipe(arguments[0], arguments[1:]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

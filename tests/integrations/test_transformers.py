@@ -1,0 +1,193 @@
+"""from_pretrained, save_pretrained and generate with packed layers, on random models of several families and real
+ones."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import hqqplus
+from hqqplus import HqqPlusConfig, PackedEmbedding, PackedLinear, QuantSpec
+from hqqplus.modules import packed_modules
+
+IDS = torch.arange(3, 35).view(1, -1)
+FAMILIES = [("llama", False), ("llama", True), ("qwen2", True), ("qwen2", False), ("qwen3", True)]
+OVERRIDES: list[dict[str, dict[str, Any]]] = [
+    {},
+    {"lm_head": {"nbits": 8}, "*.down_proj": {"nbits": 4}},
+    {"model.embed_tokens": {"nbits": 4, "group_size": 64}},
+]
+
+
+def quantized(folder: Path, **arguments: Any) -> Any:
+    config = HqqPlusConfig(**{"nbits": 2, "group_size": 32, **arguments})
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES, ids=["plain", "head", "embedding"])
+@pytest.mark.parametrize(("kind", "tied"), FAMILIES)
+def test_load_save_reload(
+    random_model: Callable[..., Path], tmp_path: Path, kind: str, tied: bool, overrides: dict[str, Any]
+) -> None:
+    model = quantized(random_model(kind, tied), overrides=overrides)
+    assert type(model.model.layers[0].mlp.up_proj) is PackedLinear
+    assert model.is_quantized
+    head_packed = "lm_head" in overrides or (tied and bool(overrides))
+    embedding_packed = "model.embed_tokens" in overrides or (tied and bool(overrides))
+    assert isinstance(model.lm_head, PackedLinear) == head_packed
+    assert isinstance(model.model.embed_tokens, PackedEmbedding) == embedding_packed
+    if "*.down_proj" in overrides:
+        assert model.model.layers[1].mlp.down_proj.spec.nbits == 4
+
+    logits = model(IDS).logits
+    model.save_pretrained(tmp_path / "packed")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(again(IDS).logits, logits)
+    if tied and head_packed:
+        assert again.lm_head.W_q is again.model.embed_tokens.W_q
+    again.save_pretrained(tmp_path / "second")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("packed", "second"))
+    assert first == second
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES, ids=["plain", "head", "embedding"])
+def test_in_memory_equals_while_loading(story_model: Path, overrides: dict[str, Any]) -> None:
+    model = quantized(story_model, overrides=overrides)
+    config = HqqPlusConfig(nbits=2, group_size=32, overrides=overrides)
+    other = hqqplus.quantize_model(AutoModelForCausalLM.from_pretrained(story_model), config)
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_quantize_model_takes_a_spec_and_any_module() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    hqqplus.quantize_model(model, QuantSpec(4, 8))
+    assert [type(m) for m in model] == [PackedLinear, torch.nn.ReLU, PackedLinear]
+    assert model(torch.randn(2, 24)).shape == (2, 8)
+
+
+def test_shards_and_dtype(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = quantized(random_model("llama"))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, module in packed_modules(model).items():
+        for key, tensor in module.packed().state().items():
+            assert torch.equal(getattr(half.get_submodule(name), key), tensor)
+    assert half.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+
+
+def test_a_sharded_parent_is_quantized_like_a_whole_one(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    whole = random_model("llama")
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(quantized(tmp_path)(IDS).logits, quantized(whole)(IDS).logits)
+
+
+def test_skips_and_overrides_by_pattern(random_model: Callable[..., Path]) -> None:
+    model = quantized(random_model("llama"), modules_to_not_convert=["*.layers.0.*", "o_proj"])
+    assert set(packed_modules(model)) == {
+        f"model.layers.1.{name}"
+        for name in [f"self_attn.{p}_proj" for p in "qkv"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"nbits": 5}, "nbits is 5: it must be one of 1, 2, 3, 4, 8"),
+        ({"group_size": 12}, "group_size is 12"),
+        ({"overrides": {"lm_head": {"bits": 8}}}, "override 'lm_head': 'bits' is not one of"),
+        ({"overrides": {"lm_head": {"nbits": 7}}}, "override 'lm_head': nbits is 7"),
+        ({"group": 64}, "no argument 'group'"),
+        ({"modules_to_not_convert": ["*"]}, "no linear layer to quantize"),
+        ({"overrides": {"lm_head": {"nbits": 8}, "model.embed_tokens": {"nbits": 4}}}, "share one weight"),
+    ],
+)
+def test_bad_configs_say_what_is_allowed(
+    random_model: Callable[..., Path], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message.replace("*", r"\*")):
+        quantized(random_model("llama", True), **arguments)
+
+
+def test_generate_uses_the_packed_layers(story_model: Path) -> None:
+    model = quantized(story_model, nbits=8)
+    parent = AutoModelForCausalLM.from_pretrained(story_model)
+    ids = torch.tensor([[1, 5, 9, 12]])
+    tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert tokens.shape == (1, 12) or tokens[0, -1] == parent.config.eos_token_id
+    assert torch.equal(tokens, parent.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def test_dequantize_gives_an_ordinary_model(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = quantized(random_model("qwen2", True), overrides=OVERRIDES[2])
+    logits = model(IDS).logits
+    plain = model.dequantize()
+    assert not packed_modules(plain)
+    torch.testing.assert_close(plain(IDS).logits, logits)
+    plain.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    torch.testing.assert_close(again(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("lost", ["scale", "W_q", "offset"])
+def test_a_checkpoint_that_lacks_a_packed_tensor_is_refused(
+    random_model: Callable[..., Path], tmp_path: Path, lost: str
+) -> None:
+    quantized(random_model("llama")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[f"model.layers.1.mlp.up_proj.{lost}"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks 1 tensors .* model\.layers\.1\.mlp\.up_proj\.{lost}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_parent_that_lacks_a_weight_is_refused(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(random_model("llama"), tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj \(not quantized\)"):
+        quantized(tmp_path / "broken")
+
+
+def test_a_nan_weight_is_named(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(random_model("llama"), tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Exception, match=r"up_proj|conversion"):
+        quantized(tmp_path / "broken")
+
+
+def test_files_hold_integers_only_for_packed_layers(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    quantized(random_model("llama")).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
+        packed = {k: tensors.get_tensor(k).dtype for k in tensors.keys() if "_proj" in k}  # noqa: SIM118
+    assert {k.rsplit(".", 1)[1] for k in packed} == {"W_q", "scale", "offset"}
+    assert set(packed.values()) == {torch.uint8, torch.int16}
+
+
+@pytest.mark.parametrize("first", ["hqqplus", "transformers"])
+def test_import_alone_is_enough_and_light(
+    random_model: Callable[..., Path], tmp_path: Path, run_python: Callable[..., Any], first: str
+) -> None:
+    quantized(random_model("llama")).save_pretrained(tmp_path)
+    second = {"hqqplus": "transformers", "transformers": "hqqplus"}[first]
+    light = "assert not {'torch', 'transformers', 'peft'} & set(sys.modules);" if first == "hqqplus" else ""
+    code = (
+        f"import sys, {first}; {light} import {second}; from transformers import AutoModelForCausalLM as A;"
+        f"m = A.from_pretrained({str(tmp_path)!r}); print(type(m.model.layers[0].mlp.up_proj).__name__)"
+    )
+    assert run_python("-c", code).stdout.strip() == "PackedLinear"

@@ -1,0 +1,83 @@
+"""The ops against their definition: full matrices, float64, and torch's own checks of schema, fake and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hqqplus import kernels
+from hqqplus.quantization import QuantSpec, quantize
+from hqqplus.quantization.metadata import from_storage
+
+CASES = [
+    QuantSpec(nbits, group_size, axis) for nbits in (1, 2, 3, 4, 8) for group_size in (8, 64, -1) for axis in (0, 1)
+]
+
+
+def packed_arguments(spec: QuantSpec, out_features: int = 40, in_features: int = 72) -> tuple[torch.Tensor, tuple]:
+    """(the full matrix, the arguments of `matmul` behind x)."""
+    torch.manual_seed(0)
+    packed = quantize(torch.randn(out_features, in_features), spec)
+    metadata = [from_storage(t, spec.metadata_dtype) for t in (packed.scale, packed.offset)]
+    sizes = (spec.nbits, spec.group_size, spec.axis, out_features, in_features)
+    return packed.dequantize(torch.float32), (packed.W_q, *metadata, *sizes)
+
+
+@pytest.mark.parametrize("spec", CASES, ids=str)
+def test_matmul_and_its_gradient_equal_the_dense_product(spec: QuantSpec) -> None:
+    weight, arguments = packed_arguments(spec)
+    x = torch.randn(3, 5, weight.shape[1], requires_grad=True)
+    y = kernels.matmul(x, *arguments)
+    torch.testing.assert_close(y, x @ weight.t())
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx, dy @ weight)
+
+
+@pytest.mark.parametrize("spec", CASES[::4], ids=str)
+def test_torch_accepts_the_registrations(spec: QuantSpec) -> None:
+    _, arguments = packed_arguments(spec)
+    x = torch.randn(4, 72, requires_grad=True)
+    torch.library.opcheck(kernels.matmul, (x, *arguments))
+    torch.library.opcheck(kernels.matmul_dx, (torch.randn(4, 40, requires_grad=True), *arguments))
+    torch.library.opcheck(kernels.dequantize, (*arguments, torch.bfloat16))
+    if spec.axis == 1:
+        W_q, scale, offset, nbits, group_size, _, _, width = arguments
+        ids = torch.tensor([[0, 3], [39, 3]])
+        torch.library.opcheck(kernels.embedding, (ids, W_q, scale, offset, nbits, group_size, width, torch.float32))
+
+
+def test_only_packed_tensors_are_kept_for_the_backward_pass() -> None:
+    _, arguments = packed_arguments(QuantSpec(2, 64))
+    kept: list[torch.Tensor] = []
+    x = torch.randn(512, 72, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        kernels.matmul(x, *arguments)
+    packed = {t.data_ptr() for t in arguments if isinstance(t, torch.Tensor)}
+    assert {t.data_ptr() for t in kept} == packed
+
+
+def test_no_gradient_is_computed_for_an_input_that_needs_none() -> None:
+    _, arguments = packed_arguments(QuantSpec(2, 64))
+    assert not kernels.matmul(torch.randn(2, 72), *arguments).requires_grad
+
+
+def test_the_second_derivative_is_there() -> None:
+    _, arguments = packed_arguments(QuantSpec(4, 8))
+    packed = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
+    x = torch.randn(2, 72, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: kernels.matmul(x, *packed).square(), (x,), atol=1e-4)
+
+
+def test_embedding_reads_rows() -> None:
+    weight, (W_q, scale, offset, nbits, group_size, _, _, width) = packed_arguments(QuantSpec(8, 8))
+    ids = torch.tensor([[0, 39, 7], [7, 7, 1]])
+    rows = kernels.embedding(ids, W_q, scale, offset, nbits, group_size, width, torch.float32)
+    assert torch.equal(rows, weight[ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dequantize_rounds_once(dtype: torch.dtype) -> None:
+    weight, arguments = packed_arguments(QuantSpec(3, 64, 0))
+    assert torch.equal(kernels.dequantize(*arguments, dtype), weight.to(dtype))
+    assert kernels.matmul(torch.randn(2, 72, dtype=dtype), *arguments).dtype == dtype
