@@ -142,8 +142,8 @@ def perplexity(
             input_ids = pad_sequence(batch, batch_first=True).to(device)  # [B, L]
             logits = model(input_ids=input_ids, use_cache=False).logits
             # Added up on the CPU: not every device has float64.
-            nll = _token_nll(logits, input_ids.to(logits.device)).cpu().double()  # [B, L - 1]
-            total += sum(float(nll[row, : len(window) - 1].sum()) for row, window in enumerate(batch))
+            losses = _token_nll(logits, input_ids.to(logits.device)).cpu().double()  # [B, L - 1]
+            total += sum(float(losses[row, : len(window) - 1].sum()) for row, window in enumerate(batch))
             count += sum(len(window) - 1 for window in batch)
         for _ in range(idle):
             model(input_ids=windows.input_ids[0][None].to(device), use_cache=False)

@@ -9,7 +9,7 @@ from hqqplus.quantization.packing import unpack
 from hqqplus.quantization.tensor import STATE_NAMES, dequantize_rows, state_shapes
 
 NBITS = (1, 2, 3, 4, 8)
-SHAPES = [(96, 128), (64, 172), (172, 64), (3, 5), (13, 1), (1, 300), (7, 13)]
+SHAPES = [(96, 128), (64, 172), (3, 5), (13, 1), (1, 300)]
 GROUP_SIZES = [8, 64, WHOLE_ROW]
 
 
