@@ -7,6 +7,8 @@ as a freshly initialised model with no more than a warning. `hqqplus.load` canno
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,16 +40,24 @@ def check_folder(name: str, where: str) -> None:
         UserError: if the path does not exist, or lacks `config.json` or weights.
     """
     path = Path(resolve_name(name)).expanduser()
-    if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UserError(f"{where}: {name}: no such folder")
+    if not _is_local(name, where):
         return
-    if not path.is_dir():
-        raise UserError(f"{where}: {name}: expected a model folder or a hub id, this is a file")
     if not (path / "config.json").is_file():
         raise UserError(f"{where}: {name}: this folder holds no model (no config.json)")
     if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
         raise UserError(f"{where}: {name}: this folder holds no weights (no *.safetensors)")
+
+
+def _is_local(name: str, where: str) -> bool:
+    """Whether `name` is a folder; False for what can only be a hub id."""
+    path = Path(resolve_name(name)).expanduser()
+    if path.is_dir():
+        return True
+    if path.exists():
+        raise UserError(f"{where}: {name}: expected a model folder or a hub id, this is a file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{where}: {name}: no such folder")
+    return False
 
 
 @contextmanager
@@ -61,12 +71,44 @@ def _one_sentence(name: str, where: str) -> Iterator[None]:
         raise UserError(f"{where}: {name}: {error}") from None
     except SafetensorError as error:
         raise UserError(f"{where}: {name}: a weight file is truncated or damaged ({error})") from None
-    except (OSError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{where}: {name}: {first}") from None
-    except ValueError as error:
-        # "Unrecognized model", "... does not recognize this architecture", a refused remote-code model, NaN weights
-        raise UserError(f"{where}: {name}: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ImportError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        # "Unrecognized model", "... does not recognize this architecture", a refused remote-code model, tensors of
+        # another shape, no memory left
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{where}: {name}: {lines[0]}") from error
+
+
+@contextmanager
+def _load_report() -> Iterator[None]:
+    """Say in one sentence why a model cannot be loaded, where transformers points to its report.
+
+    The report is a table on the terminal, with whole tracebacks in its cells. Of a model that loads it is passed on.
+    """
+    log = logging.getLogger("transformers.modeling_utils")
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        report = "LOAD REPORT" in record.getMessage()
+        if report:
+            held.append(record)
+        return not report
+
+    log.addFilter(hold)
+    try:
+        yield
+    except RuntimeError as error:
+        report = "\n".join(record.getMessage() for record in held)
+        shape = re.search(r"^(.+?) *\|\W*(?:\[\d*m)?MISMATCH", report, re.M)
+        conversion = re.search(r"^\w*Error: (.+)$", report, re.M)
+        if shape:
+            raise UserError(f"{shape[1]} has not the shape that config.json asks for") from error
+        if conversion:
+            raise UserError(conversion[1]) from error
+        raise
+    finally:
+        log.removeFilter(hold)
+    for record in held:
+        log.handle(record)
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -74,6 +116,23 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float32
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """`device`; without one the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: if torch knows no such device, or sees none.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: {device!r} is none of torch's, such as cuda, cuda:1 or cpu") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {found} is asked for, but torch sees {torch.cuda.device_count()} GPUs")
+    return found
 
 
 def load_causal_lm(
@@ -99,7 +158,7 @@ def load_causal_lm(
     import hqqplus.integrations.transformers  # noqa: F401  registers the quantizer
 
     check_folder(name, where)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(device)
     torch_dtype = (
         default_dtype(device) if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     )
@@ -112,8 +171,14 @@ def load_causal_lm(
         arguments["quantization_config"] = quantization
     if device.type != "cpu":
         arguments["device_map"] = {"": device}
-    with _one_sentence(name, where):
-        return AutoModelForCausalLM.from_pretrained(resolve_name(name), use_safetensors=True, **arguments)
+    with _one_sentence(name, where), _load_report():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            resolve_name(name), use_safetensors=True, output_loading_info=True, **arguments
+        )
+        if missing := sorted(info["missing_keys"]):
+            # transformers would go on with random ones, and a warning.
+            raise UserError(f"the checkpoint lacks {len(missing)} tensors of the model, the first is {missing[0]}")
+    return model
 
 
 def load_tokenizer(
@@ -126,6 +191,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    _is_local(name, where)
     with _one_sentence(name, where):
         arguments = {"revision": revision} if revision is not None else {}
         tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code, **arguments)
@@ -138,12 +204,13 @@ def load_tokenizer(
 
 def is_packed(name: str) -> bool:
     """Whether local folder `name` holds a packed model."""
-    path = Path(resolve_name(name)) / "config.json"
+    path = Path(resolve_name(name)).expanduser() / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return config.get("quantization_config", {}).get("quant_method") == "hqqplus"
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "hqqplus"
 
 
 def load(
@@ -192,14 +259,19 @@ def _load_base(
             raise UserError(
                 f"{base}: this adapter has no hqqplus.json that names its base: give the base and the adapter"
             )
-        base, revision = fingerprint.base, revision or fingerprint.revision
+        base = fingerprint.base
     quantization = None
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"adapter: {adapter}: this folder holds no adapter (no adapter_config.json)")
         fingerprint = Fingerprint.read(adapter)
+        if fingerprint is not None and fingerprint.base == base:
+            revision = revision or fingerprint.revision
         if fingerprint is not None and not is_packed(base):
-            quantization = HqqPlusConfig(**fingerprint.quantization)
+            try:
+                quantization = HqqPlusConfig(**fingerprint.quantization)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"adapter: {adapter}: the quantization it asks for is none: {error}") from None
     model = load_causal_lm(
         base,
         quantization=quantization,

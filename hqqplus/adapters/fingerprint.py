@@ -22,6 +22,15 @@ from hqqplus.quantization.tensor import STATE_NAMES
 
 FILE_NAME = "hqqplus.json"
 _FORMAT = 1
+# Field -> what it holds in the file.
+_TYPES: dict[str, Any] = {
+    "base": str,
+    "revision": (str, type(None)),
+    "packed_sha256": str,
+    "quantization": dict,
+    "versions": dict,
+    "format": int,
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +65,16 @@ class Fingerprint:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
             raise UserError(f"{path}: not a fingerprint of hqqplus ({error})") from None
+        fields = {name: values.get(name) for name in _TYPES} if isinstance(values, dict) else {}
+        wrong = [name for name, kind in _TYPES.items() if not isinstance(fields.get(name), kind)]
+        if wrong:
+            raise UserError(f"{path}: not a fingerprint of hqqplus ({', '.join(wrong)}: missing, or of the wrong type)")
+        if fields["format"] != _FORMAT:
+            raise UserError(f"{path}: its format is {fields['format']}, this hqqplus reads {_FORMAT}: update hqqplus")
+        return cls(**fields)
 
     def describe(self) -> str:
         """`2-bit g64 of NAME (sha256 0123456789ab)`."""
