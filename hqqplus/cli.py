@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -108,15 +108,11 @@ def evaluate(
     """Perplexity of a model, with or without an adapter, on a text."""
     from hqqplus.data import RowForm, load_rows
     from hqqplus.evaluation.perplexity import make_windows, perplexity
-    from hqqplus.models import load, load_tokenizer
 
     rows = load_rows(texts, split, where="TEXTS")
     form = RowForm(text_field=text_field)
     form.check(rows, "TEXTS")
-    loaded = load(
-        model, adapter, revision=revision, dtype=_dtype(dtype), device=device, trust_remote_code=trust_remote_code
-    )
-    tokenizer = load_tokenizer(_tokenizer_home(model, adapter), trust_remote_code=trust_remote_code, where="model")
+    loaded, tokenizer = _load(model, adapter, revision, _dtype(dtype), device, trust_remote_code)
     windows = make_windows(form.documents(rows, tokenizer), tokenizer, max_length, max_tokens, texts)
     result = perplexity(loaded, windows, batch_size)
     typer.echo(f"perplexity {result.perplexity:.4f} ({result.tokens:,} tokens, windows of {max_length})")
@@ -135,12 +131,8 @@ def generate(
 ) -> None:
     """Continue prompts, greedily."""
     from hqqplus.evaluation.samples import complete
-    from hqqplus.models import load, load_tokenizer
 
-    loaded = load(
-        model, adapter, revision=revision, dtype=_dtype(dtype), device=device, trust_remote_code=trust_remote_code
-    )
-    tokenizer = load_tokenizer(_tokenizer_home(model, adapter), trust_remote_code=trust_remote_code, where="model")
+    loaded, tokenizer = _load(model, adapter, revision, _dtype(dtype), device, trust_remote_code)
     for prompt, completion in zip(prompts, complete(loaded, tokenizer, prompts, max_new_tokens), strict=True):
         typer.echo(prompt + completion)
 
@@ -207,10 +199,18 @@ def _dtype(name: str) -> str:
     return name
 
 
-def _tokenizer_home(model: str, adapter: Path | None) -> str:
-    """Where the tokenizer is: with the adapter if that brings one (it may have grown), else with the model."""
-    home = adapter or Path(model)
-    return str(home) if (home / "tokenizer_config.json").is_file() else model
+def _load(
+    model: str, adapter: Path | None, revision: str | None, dtype: str, device: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """(model, tokenizer): the adapter's tokenizer if it brings one (it may have grown), else the model's."""
+    from hqqplus.models import load, load_tokenizer
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loaded = load(model, adapter, dtype=dtype, device=device, **options)
+    home = model
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        home, options["revision"] = str(adapter), None
+    return loaded, load_tokenizer(home, where="model", **options)
 
 
 def main() -> None:

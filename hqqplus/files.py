@@ -10,6 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hqqplus.errors import UserError
+
+
+def check_output(path: str | Path, where: str) -> None:
+    """Refuse, before hours of work, a folder that could not be written after them.
+
+    Raises:
+        UserError: if `path` or a folder above it is a file, or may not be written to.
+    """
+    above = Path(path).absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise UserError(f"{where}: {path}: {above} is a file, a folder is needed")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{where}: {path}: {above} may not be written to")
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` under a temporary name beside `path`, then rename."""
@@ -49,7 +66,11 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         if path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, old)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                os.replace(old, path)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(temporary, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 from hqqplus.adapters.fingerprint import Fingerprint, check_base, packed_sha256
 from hqqplus.embedded import MODEL_DIR, MODEL_NAME
 from hqqplus.errors import UserError
-from hqqplus.files import replacing_folder
+from hqqplus.files import check_output, replacing_folder
 
 if TYPE_CHECKING:
     from hqqplus.integrations.transformers import HqqPlusConfig
@@ -29,8 +30,8 @@ _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def resolve_name(name: str) -> str:
-    """`embedded:pydoc` -> its folder; every other name as it is."""
-    return str(MODEL_DIR) if name == MODEL_NAME else name
+    """`embedded:pydoc` -> its folder, `~` -> the home folder; every other name as it is."""
+    return str(MODEL_DIR) if name == MODEL_NAME else os.path.expanduser(name)
 
 
 def check_folder(name: str, where: str) -> None:
@@ -39,7 +40,7 @@ def check_folder(name: str, where: str) -> None:
     Raises:
         UserError: if the path does not exist, or lacks `config.json` or weights.
     """
-    path = Path(resolve_name(name)).expanduser()
+    path = Path(resolve_name(name))
     if not _is_local(name, where):
         return
     if not (path / "config.json").is_file():
@@ -50,7 +51,7 @@ def check_folder(name: str, where: str) -> None:
 
 def _is_local(name: str, where: str) -> bool:
     """Whether `name` is a folder; False for what can only be a hub id."""
-    path = Path(resolve_name(name)).expanduser()
+    path = Path(resolve_name(name))
     if path.is_dir():
         return True
     if path.exists():
@@ -74,8 +75,10 @@ def _one_sentence(name: str, where: str) -> Iterator[None]:
     except (OSError, ImportError, LookupError, ValueError, TypeError, RuntimeError) as error:
         # "Unrecognized model", "... does not recognize this architecture", a refused remote-code model, tensors of
         # another shape, no memory left
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{where}: {name}: {lines[0]}") from error
+        first, *rest = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+        if first.endswith(":") and rest:
+            first = f"{first} {rest[0]}"
+        raise UserError(f"{where}: {name}: {first}") from error
 
 
 @contextmanager
@@ -97,8 +100,8 @@ def _load_report() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        report = "\n".join(record.getMessage() for record in held)
-        shape = re.search(r"^(.+?) *\|\W*(?:\[\d*m)?MISMATCH", report, re.M)
+        report = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(record.getMessage() for record in held))  # without colours
+        shape = re.search(r"^(.+?) *\| *MISMATCH", report, re.M)
         conversion = re.search(r"^\w*Error: (.+)$", report, re.M)
         if shape:
             raise UserError(f"{shape[1]} has not the shape that config.json asks for") from error
@@ -160,8 +163,10 @@ def load_causal_lm(
     check_folder(name, where)
     device = pick_device(device)
     torch_dtype = (
-        default_dtype(device) if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        default_dtype(device) if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     )
+    if not isinstance(torch_dtype, torch.dtype):
+        raise UserError(f"{where}: dtype is {dtype!r}: it must be auto or one of torch's, such as bfloat16")
     arguments: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}
     if revision is not None:
         arguments["revision"] = revision
@@ -172,12 +177,14 @@ def load_causal_lm(
     if device.type != "cpu":
         arguments["device_map"] = {"": device}
     with _one_sentence(name, where), _load_report():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_name(name), use_safetensors=True, output_loading_info=True, **arguments
         )
+        model, info = loaded
         if missing := sorted(info["missing_keys"]):
             # transformers would go on with random ones, and a warning.
-            raise UserError(f"the checkpoint lacks {len(missing)} tensors of the model, the first is {missing[0]}")
+            further = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
+            raise UserError(f"the checkpoint lacks {missing[0]}{further}")
     return model
 
 
@@ -192,7 +199,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     _is_local(name, where)
-    with _one_sentence(name, where):
+    with _one_sentence(f"{name}: the tokenizer", where):
         arguments = {"revision": revision} if revision is not None else {}
         tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code, **arguments)
     if tokenizer.pad_token is None:
@@ -204,7 +211,7 @@ def load_tokenizer(
 
 def is_packed(name: str) -> bool:
     """Whether local folder `name` holds a packed model."""
-    path = Path(resolve_name(name)).expanduser() / "config.json"
+    path = Path(resolve_name(name)) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -264,6 +271,8 @@ def _load_base(
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"adapter: {adapter}: this folder holds no adapter (no adapter_config.json)")
+        if not any(Path(adapter).glob("adapter_model.*")):
+            raise UserError(f"adapter: {adapter}: this folder holds no weights (no adapter_model.safetensors)")
         fingerprint = Fingerprint.read(adapter)
         if fingerprint is not None and fingerprint.base == base:
             revision = revision or fingerprint.revision
@@ -331,6 +340,7 @@ def quantize_folder(
     Raises:
         UserError: if the model cannot be read, or is packed already.
     """
+    check_output(output, "output")
     if is_packed(name):
         raise UserError(f"model: {name}: this model is packed already; quantize its parent")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "where": "model"}
@@ -348,6 +358,7 @@ def export(name: str, adapter: str | Path | None, output: str | Path, dtype: tor
     Raises:
         UserError: if base or adapter are missing, damaged, or do not belong together.
     """
+    check_output(output, "output")
     base, adapter, model = _load_base(name, adapter, None, torch.float32, "cpu", False)
     has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(adapter) if has_tokenizer else base, where="model")
@@ -371,15 +382,15 @@ def parent_weights(name: str, revision: str | None = None) -> Callable[[str], to
     """
     from safetensors import safe_open
 
-    folder = Path(resolve_name(name))
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+    where, folder, files = "the parent", Path(resolve_name(name)), {}
+    with _one_sentence(name, where):
+        if not _is_local(name, where):
+            from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-    files = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            files.update(dict.fromkeys(tensors.keys(), path))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as tensors:
+                files.update(dict.fromkeys(tensors.keys(), path))
 
     def read(module: str) -> torch.Tensor:
         key = f"{module}.weight"

@@ -68,10 +68,10 @@ class Fingerprint:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not a fingerprint of hqqplus ({error})") from None
-        fields = {name: values.get(name) for name in _TYPES} if isinstance(values, dict) else {}
+        fields: dict[str, Any] = {name: values.get(name) for name in _TYPES} if isinstance(values, dict) else {}
         wrong = [name for name, kind in _TYPES.items() if not isinstance(fields.get(name), kind)]
         if wrong:
-            raise UserError(f"{path}: not a fingerprint of hqqplus ({', '.join(wrong)}: missing, or of the wrong type)")
+            raise UserError(f"{path}: not a fingerprint of hqqplus ({', '.join(wrong)}: missing or of another type)")
         if fields["format"] != _FORMAT:
             raise UserError(f"{path}: its format is {fields['format']}, this hqqplus reads {_FORMAT}: update hqqplus")
         return cls(**fields)

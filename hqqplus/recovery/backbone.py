@@ -12,6 +12,7 @@ from hqqplus import models
 from hqqplus.adapters import Fingerprint, ResidualCollector, residuals_from_parent
 from hqqplus.adapters.residual import Factors
 from hqqplus.errors import UserError
+from hqqplus.files import check_output
 from hqqplus.integrations.transformers import HqqPlusConfig
 from hqqplus.modules import observe_packing
 from hqqplus.recipe import Recipe
@@ -66,6 +67,8 @@ def load_backbone(
     if models.is_packed(name):
         return _packed(recipe, name, config, options, versions, residual)
     saved = section.save_to
+    if saved is not None:
+        check_output(saved, "quantization.save_to")
     if saved is not None and Path(saved).exists():
         fingerprint = _check_saved(saved, name, recipe.model.revision, config)
         if not residual:

@@ -90,7 +90,8 @@ def discard_incomplete(output_dir: str | Path) -> list[Path]:
 def _folders(output_dir: str | Path) -> list[Path]:
     """The checkpoint folders in `output_dir` by ascending step."""
     root = Path(output_dir)
-    found = [(int(match[1]), path) for path in root.glob("checkpoint-*") if (match := _FOLDER.fullmatch(path.name))]
+    folders = [path for path in root.glob("checkpoint-*") if path.is_dir()]
+    found = [(int(match[1]), path) for path in folders if (match := _FOLDER.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 

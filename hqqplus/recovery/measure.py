@@ -69,9 +69,11 @@ class Notebook:
         """The noted measurement of `stage`, or `measure()`, which is then noted."""
         digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
         notes = self._read()
-        noted = notes.get(stage)
-        if noted is not None and noted["digest"] == digest:
-            return Measurement(**noted["measurement"])
+        try:
+            if notes[stage]["digest"] == digest:
+                return Measurement(**notes[stage]["measurement"])
+        except (KeyError, TypeError):
+            pass  # not noted, or by someone else
         measurement = measure()
         if self.writes:
             write_json(self.path, {**notes, stage: {"digest": digest, "measurement": asdict(measurement)}})
@@ -79,6 +81,7 @@ class Notebook:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.path.read_text(encoding="utf-8")))
+            notes = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return notes if isinstance(notes, dict) else {}

@@ -12,6 +12,7 @@ import torch
 from hqqplus.data import RowForm, load_rows
 from hqqplus.errors import UserError
 from hqqplus.evaluation.perplexity import Windows
+from hqqplus.files import check_output
 from hqqplus.recipe import Recipe
 
 Say = Callable[[str], None]
@@ -66,7 +67,12 @@ def load_data(recipe: Recipe, tokenizer: Any, say: Say) -> RunData:
 
 
 def trainer_settings(recipe: Recipe, device: torch.device, say: Say) -> dict[str, Any]:
-    """The arguments of `SFTConfig`: what the recipe says, and what it leaves open settled for `device`."""
+    """The arguments of `SFTConfig`: what the recipe says, and what it leaves open settled for `device`.
+
+    Raises:
+        UserError: if `output_dir` cannot be written to.
+    """
+    check_output(recipe.output_dir, "output_dir")
     settings = dict(recipe.training)
     cuda = device.type == "cuda"
     if "optim" not in settings:
