@@ -322,10 +322,11 @@ class RowForm:
                 f"'{self.completion}' is {_describe(dataset.features[str(self.completion)])}"
             )
 
-    def to_sft(self, dataset: Dataset, eos_token: str | None) -> Dataset:
+    def to_sft(self, dataset: Dataset, eos_token: str | None, bos_token: str | None = None) -> Dataset:
         """The rows as TRL's `SFTTrainer` takes them: exactly {"text"}, {"prompt", "completion"} or {"messages"}.
 
-        Rows without text, completion or messages are dropped (`SFTTrainer` fails on a null, and trains on a bare EOS
+        `bos_token` is put in front of the text (or prompt) and `eos_token` behind the text (or completion), each unless
+        it is there. Rows without text, completion or messages are dropped (`SFTTrainer` fails on a null, and trains on a bare EOS
         where the text is empty).
 
         What TRL 1.16 does by itself (`SFTTrainer._prepare_dataset`):
@@ -353,10 +354,12 @@ class RowForm:
         if len(rows) == 0:
             columns = " and ".join(f"'{column}'" for column in names.values())
             raise UserError(f"data: every row is empty in {columns}; at least one row with text is needed")
-        ending = "completion" if "completion" in names else "text"
-        if not eos_token or ending not in names or not _is_string(rows.features[ending]):
-            return rows
-        return rows.map(_with_ending, fn_kwargs={"column": ending, "ending": eos_token})
+        first, last = ("prompt", "completion") if "completion" in names else ("text", "text")
+        if bos_token and first in names and _is_string(rows.features[first]):
+            rows = rows.map(_with_beginning, fn_kwargs={"column": first, "beginning": bos_token})
+        if eos_token and last in names and _is_string(rows.features[last]):
+            rows = rows.map(_with_ending, fn_kwargs={"column": last, "ending": eos_token})
+        return rows
 
     def documents(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The text of each row, to measure perplexity on: the text; the prompt with its completion; or what the
@@ -406,6 +409,11 @@ def _filled(row: dict[str, Any]) -> bool:
     if isinstance(last, str):
         return bool(last.strip())
     return all(len(messages) > 0 for messages in row.values())
+
+
+def _with_beginning(row: dict[str, Any], column: str, beginning: str) -> dict[str, Any]:
+    text = row[column]
+    return {column: text if text.startswith(beginning) else beginning + text}
 
 
 def _with_ending(row: dict[str, Any], column: str, ending: str) -> dict[str, Any]:

@@ -112,10 +112,14 @@ def check_base(model: nn.Module, adapter: str | Path) -> None:
     if found != wanted.packed_sha256:
         config = getattr(model, "config", None)
         quantization = getattr(config, "quantization_config", None)
-        bits = "not quantized by hqqplus"
+        bits, advice = "not quantized by hqqplus", "load it on the base it belongs to"
         if quantization is not None and hasattr(quantization, "nbits"):
             bits = f"{quantization.nbits}-bit g{quantization.group_size} (sha256 {found[:12]})"
+            if {**wanted.quantization, "quant_method": quantization.quant_method} == quantization.to_dict():
+                advice = (
+                    "the same weights quantized in another dtype, or on another device, need not come out the same: "
+                    "load it on the packed folder that it was trained on"
+                )
         raise UserError(
-            f"{adapter}: this adapter was trained on {wanted.describe()}, but the base is {bits}; "
-            f"load it on the base it belongs to"
+            f"{adapter}: this adapter was trained on {wanted.describe()}, but the base is {bits}; {advice}"
         )

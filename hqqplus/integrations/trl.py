@@ -42,6 +42,9 @@ class RecoveryTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card knows nothing of the base; the shipped adapter gets ours."""
+
     def measure(self, model: Any) -> PerplexityResult:
         state = self.accelerator
         reduce = state.reduce if state.num_processes > 1 else None

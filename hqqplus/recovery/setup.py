@@ -63,7 +63,41 @@ def load_data(recipe: Recipe, tokenizer: Any, say: Say) -> RunData:
         further = load_rows(path, where=f"evaluation.texts.{name}")
         column = "text" if "text" in further.column_names else further.column_names[0]
         texts[name] = RowForm(text_field=column).documents(further, tokenizer)
-    return RunData(form.to_sft(rows, tokenizer.eos_token if section.eos else None), texts)
+    rows = form.to_sft(rows, tokenizer.eos_token if section.eos else None, unwritten_bos(tokenizer))
+    return RunData(rows if section.eos else without_eos(rows, tokenizer), texts)
+
+
+def unwritten_bos(tokenizer: Any) -> str | None:
+    """The BOS token of a tokenizer that has one and does not write it by itself, else None.
+
+    Every document is measured with BOS in front, so it is trained on in the same way.
+    """
+    if tokenizer.bos_token is None or tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return None
+    return str(tokenizer.bos_token)
+
+
+def without_eos(rows: Any, tokenizer: Any) -> Any:
+    """Rows of text, or of prompt and completion, as token ids.
+
+    TRL appends EOS to every row of text whatever it is told; rows that are tokenized already it takes as they are.
+    Rows of messages come back unchanged: there it appends nothing.
+    """
+
+    def text_ids(row: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": tokenizer(row["text"])["input_ids"]}
+
+    def completion_ids(row: dict[str, Any]) -> dict[str, Any]:
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        start = min(len(tokenizer(row["prompt"])["input_ids"]), len(ids))
+        return {"input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}
+
+    columns = rows.column_names
+    if "text" in columns:
+        return rows.map(text_ids, remove_columns=columns)
+    if "prompt" in columns and isinstance(rows[0]["prompt"], str):
+        return rows.map(completion_ids, remove_columns=columns)
+    return rows
 
 
 def trainer_settings(recipe: Recipe, device: torch.device, say: Say) -> dict[str, Any]:
