@@ -325,9 +325,9 @@ class RowForm:
     def to_sft(self, dataset: Dataset, eos_token: str | None, bos_token: str | None = None) -> Dataset:
         """The rows as TRL's `SFTTrainer` takes them: exactly {"text"}, {"prompt", "completion"} or {"messages"}.
 
-        `bos_token` is put in front of the text (or prompt) and `eos_token` behind the text (or completion), each unless
-        it is there. Rows without text, completion or messages are dropped (`SFTTrainer` fails on a null, and trains on a bare EOS
-        where the text is empty).
+        `bos_token` is put in front of the text (or prompt) and `eos_token` behind the text (or completion), each
+        unless it is there. Rows without text, completion or messages are dropped (`SFTTrainer` fails on a null, and
+        trains on a bare EOS where the text is empty).
 
         What TRL 1.16 does by itself (`SFTTrainer._prepare_dataset`):
 

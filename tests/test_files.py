@@ -24,6 +24,20 @@ def tree(folder: Path) -> dict[str, str | None]:
     return {str(p.relative_to(folder)): p.read_text(encoding="utf-8") if p.is_file() else None for p in paths}
 
 
+def fail_at_a_file(path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        assert temporary.exists()
+        raise Broken
+
+
+def fail_at_a_folder(path: Path) -> None:
+    with replacing_folder(path) as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "new.txt").write_text("half of the n")
+        raise Broken
+
+
 @pytest.fixture
 def unrenamable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moving a temporary file or folder to its final name fails, as on a disk that has just gone away."""
@@ -58,10 +72,8 @@ def test_what_cannot_be_json_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(Broken), replacing(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half of the n")
-        assert temporary.exists()
-        raise Broken
+    with pytest.raises(Broken):
+        fail_at_a_file(tmp_path / "a.txt")
     assert tree(tmp_path) == {"a.txt": "old"}
 
 
@@ -105,10 +117,8 @@ def test_a_writer_that_fails_leaves_the_old_folder(tmp_path: Path, exists: bool)
         folder.mkdir()
         (folder / "old.txt").write_text("old")
     before = tree(tmp_path)
-    with pytest.raises(Broken), replacing_folder(folder) as temporary:
-        (temporary / "deep").mkdir()
-        (temporary / "deep" / "new.txt").write_text("half of the n")
-        raise Broken
+    with pytest.raises(Broken):
+        fail_at_a_folder(folder)
     assert tree(tmp_path) == before
 
 

@@ -18,7 +18,25 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 
-WORDS = "the of a to in is that it was for on are as with his they at be this from".split()
+WORDS = [
+    "the",
+    "of",
+    "a",
+    "to",
+    "in",
+    "is",
+    "that",
+    "it",
+    "was",
+    "for",
+    "on",
+    "are",
+    "as",
+    "with",
+    "his",
+    "they",
+    "at",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,56 @@
+"""The README's tables, made from `benchmarks/results/`: `python benchmarks/tables.py [--check]`.
+
+Between `<!-- table: FILE -->` and `<!-- end -->` stands what `render` makes of FILE. `--check` changes nothing and exits
+with 1 where the README says something else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def solver_nmse(result: dict[str, Any]) -> str:
+    lines = ["| bits / group | bits per weight | hqq 0.2.8 | hqqplus |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        name = f"{row['nbits']} / {row['group_size']}"
+        lines.append(f"| {name} | {row['bits_per_weight']:.2f} | {row['nmse_hqq']:.4f} | **{row['nmse']:.4f}** |")
+    return "\n".join(lines)
+
+
+def recovery_vs_reference(result: dict[str, Any]) -> str:
+    lines = ["| route | text | parent | quantized | recovered | gap |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        figures = " | ".join(f"{row[stage]:.2f}" for stage in ("parent", "quantized", "recovered"))
+        lines.append(f"| {row['route']} | {row['set']} | {figures} | {row['ln_gap']:.3f} |")
+    return "\n".join(lines)
+
+
+def render(file: str) -> str:
+    path = ROOT / file
+    makers = {"solver_nmse": solver_nmse, "recovery_vs_reference": recovery_vs_reference}
+    return makers[path.stem](json.loads(path.read_text(encoding="utf-8")))
+
+
+def filled(text: str) -> str:
+    """The README `text` with every table as the results have it."""
+    return _TABLE.sub(lambda match: f"{match[1]}\n{render(match[2])}\n\n{match[3]}", text)
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if "--check" in sys.argv[1:]:
+        return int(filled(text) != text)
+    readme.write_text(filled(text), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""An adapter goes on the base that it was trained on, and on no other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hqqplus import HqqPlusConfig, models
+from hqqplus.adapters import Fingerprint, check_base, packed_sha256
+from hqqplus.errors import UserError
+from hqqplus.modules import packed_modules
+from hqqplus.quantization.tensor import STATE_NAMES
+
+FINGERPRINT = Fingerprint(
+    base="some/model",
+    revision="abc",
+    packed_sha256="0123456789abcdef",
+    quantization={"nbits": 2, "group_size": 32, "overrides": {"lm_head": {"nbits": 8}}},
+    versions={"torch": "2.13.0"},
+)
+
+
+@pytest.fixture(scope="module")
+def packed(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed folder with a packed embedding and head besides the layers."""
+    folder = tmp_path_factory.mktemp("base") / "packed"
+    overrides = {"lm_head": {"nbits": 8}, "model.embed_tokens": {"nbits": 4}}
+    config = HqqPlusConfig(nbits=2, group_size=32, overrides=overrides)
+    models.quantize_folder(str(random_model("llama")), folder, config)
+    return folder
+
+
+# The file ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"revision": None, "versions": {}}])
+def test_written_and_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    fingerprint = dataclasses.replace(FINGERPRINT, **changes)
+    fingerprint.write(tmp_path)
+    assert Fingerprint.read(tmp_path) == fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["hqqplus.json"]
+    assert json.loads((tmp_path / "hqqplus.json").read_text())["packed_sha256"] == "0123456789abcdef"
+
+
+def test_none_where_there_is_none(tmp_path: Path) -> None:
+    assert Fingerprint.read(tmp_path) is None
+    assert Fingerprint.read(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"null", b"3", b"[]", b'["base"]', b"{}", b'{"base": "some/model"}', b"\xff\xfe{}"]
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "hqqplus.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"hqqplus\.json: not a fingerprint of hqqplus"):
+        Fingerprint.read(tmp_path)
+
+
+def test_half_a_file_is_refused(tmp_path: Path) -> None:
+    FINGERPRINT.write(tmp_path)
+    text = (tmp_path / "hqqplus.json").read_text()
+    (tmp_path / "hqqplus.json").write_text(text[: len(text) // 2])
+    with pytest.raises(UserError, match="not a fingerprint"):
+        Fingerprint.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("base", None), ("packed_sha256", 7), ("quantization", "2-bit"), ("versions", None), ("revision", 1)],
+)
+def test_a_field_of_another_type_is_named(tmp_path: Path, name: str, value: Any) -> None:
+    (tmp_path / "hqqplus.json").write_text(json.dumps({**dataclasses.asdict(FINGERPRINT), name: value}))
+    with pytest.raises(UserError, match=rf"not a fingerprint of hqqplus \({name}: missing, or of another type\)"):
+        Fingerprint.read(tmp_path)
+
+
+def test_a_format_of_the_future_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hqqplus.json").write_text(json.dumps({**dataclasses.asdict(FINGERPRINT), "format": 2}))
+    with pytest.raises(UserError, match="its format is 2, this hqqplus reads 1"):
+        Fingerprint.read(tmp_path)
+
+
+def test_described_in_short() -> None:
+    assert FINGERPRINT.describe() == "2-bit g32 of some/model (sha256 0123456789ab)"
+    rows = dataclasses.replace(FINGERPRINT, quantization={"nbits": 4, "group_size": -1})
+    assert rows.describe().startswith("4-bit grow of ")
+
+
+# The hash ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_does_not_depend_on_the_dtype_of_the_rest(packed: Path) -> None:
+    loaded = {dtype: models.load(packed, dtype=dtype) for dtype in ("float32", "bfloat16", "float16")}
+    assert {str(model.dtype) for model in loaded.values()} == {"torch.float32", "torch.bfloat16", "torch.float16"}
+    recorded = Fingerprint.read(packed)
+    assert recorded is not None
+    assert {packed_sha256(model) for model in loaded.values()} == {recorded.packed_sha256}
+
+
+def test_a_cast_of_the_whole_model_leaves_the_hash(packed: Path) -> None:
+    model = models.load(packed)
+    before = packed_sha256(model)
+    assert packed_sha256(model.to(torch.float64).half()) == before
+
+
+def test_any_flipped_bit_changes_the_hash(packed: Path) -> None:
+    model = models.load(packed)
+    before = packed_sha256(model)
+    modules = packed_modules(model)
+    chosen = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head", "model.embed_tokens"]
+    seen = {before}
+    for module in (modules[name] for name in chosen):
+        for key in STATE_NAMES:
+            tensor = getattr(module, key).data.view(-1)
+            tensor[-1] ^= 1
+            seen.add(packed_sha256(model))
+            tensor[-1] ^= 1
+    assert len(seen) == 1 + len(chosen) * len(STATE_NAMES)
+    assert packed_sha256(model) == before
+
+
+def test_swapped_layers_change_the_hash(packed: Path) -> None:
+    model = models.load(packed)
+    before = packed_sha256(model)
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+    assert packed_sha256(model) != before
+
+
+def test_what_is_not_packed_does_not_count(packed: Path) -> None:
+    model = models.load(packed)
+    before = packed_sha256(model)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    assert packed_sha256(model) == before
+
+
+# The check -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_right_base_passes_and_another_is_named(
+    packed: Path, random_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    fingerprint = Fingerprint.read(packed)
+    assert fingerprint is not None
+    fingerprint.write(tmp_path)
+    check_base(models.load(packed), tmp_path)
+
+    parent = str(random_model("llama"))
+    with pytest.raises(UserError) as caught:
+        check_base(models.load(parent), tmp_path)
+    assert fingerprint.describe() in str(caught.value)
+    assert "the base is not quantized by hqqplus" in str(caught.value)
+
+    with pytest.raises(UserError) as caught:
+        check_base(models.load_causal_lm(parent, quantization=HqqPlusConfig(4, 64)), tmp_path)
+    assert fingerprint.describe() in str(caught.value)
+    assert "the base is 4-bit g64 (sha256 " in str(caught.value)
+    assert str(caught.value).endswith("load it on the base it belongs to")
+
+
+def test_the_same_bits_with_other_codes_are_another_base(packed: Path, tmp_path: Path) -> None:
+    fingerprint = Fingerprint.read(packed)
+    assert fingerprint is not None
+    fingerprint.write(tmp_path)
+    model = models.load(packed)
+    model.model.layers[0].mlp.up_proj.W_q.data.view(-1)[0] ^= 1
+    with pytest.raises(UserError, match="load it on the packed folder that it was trained on"):
+        check_base(model, tmp_path)
+
+
+def test_an_adapter_of_unknown_origin_passes(packed: Path, tmp_path: Path) -> None:
+    check_base(models.load(packed), tmp_path)
