@@ -6,17 +6,19 @@ BIN := .venv/bin
 # The demo keeps off the network and off the accounts: everything it needs is in the package.
 DEMO_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-all lint format types env clean
+
+.PHONY: demo test test-slow lint format types env clean
 
 demo: .venv/installed
-	rm -rf runs/embedded_2bit
-	$(DEMO_ENV) $(BIN)/python -m hqqplus.train recipes/embedded_2bit.yaml
+	rm -rf runs/demo
+	$(DEMO_ENV) $(BIN)/python -m hqqplus.train recipes/embedded_2bit.yaml output_dir=runs/demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: .venv/installed
-	$(BIN)/python -m pytest -m "not gpu"
+# What trains, kills and restarts.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """The README's tables, made from `benchmarks/results/`: `python benchmarks/tables.py [--check]`.
 
-Between `<!-- table: FILE -->` and `<!-- end -->` stands what `render` makes of FILE. `--check` changes nothing and exits
-with 1 where the README says something else.
+Between `<!-- table: FILE -->` and `<!-- end -->` stands what `render` makes of FILE. `--check` changes nothing and
+exits with 1 where the README says something else.
 """
 
 from __future__ import annotations

@@ -180,9 +180,9 @@ def env() -> None:
 def _override(text: str) -> tuple[str, dict[str, int]]:
     """`PATTERN=BITS[:GROUP]` -> (pattern, changes)."""
     pattern, _, value = text.rpartition("=")
-    bits, _, group = value.partition(":")
+    bits, colon, group = value.partition(":")
     try:
-        return _named(pattern), {"nbits": int(bits), **({"group_size": int(group)} if group else {})}
+        return _named(pattern), {"nbits": int(bits), **({"group_size": int(group)} if colon else {})}
     except ValueError:
         raise UserError(f"--override: {text!r} is not PATTERN=BITS or PATTERN=BITS:GROUP, e.g. lm_head=8") from None
 

@@ -72,6 +72,8 @@ def _one_sentence(name: str, where: str) -> Iterator[None]:
         raise UserError(f"{where}: {name}: {error}") from None
     except SafetensorError as error:
         raise UserError(f"{where}: {name}: a weight file is truncated or damaged ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: {name}: a JSON file of it is truncated or damaged ({error})") from None
     except (OSError, ImportError, LookupError, ValueError, TypeError, RuntimeError) as error:
         # "Unrecognized model", "... does not recognize this architecture", a refused remote-code model, tensors of
         # another shape, no memory left

@@ -81,3 +81,26 @@ def test_dequantize_rounds_once(dtype: torch.dtype) -> None:
     weight, arguments = packed_arguments(QuantSpec(3, 64, 0))
     assert torch.equal(kernels.dequantize(*arguments, dtype), weight.to(dtype))
     assert kernels.matmul(torch.randn(2, 72, dtype=dtype), *arguments).dtype == dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", CASES, ids=str)
+def test_a_gpu_computes_what_the_cpu_does(spec: QuantSpec) -> None:
+    weight, arguments = packed_arguments(spec)
+    on_gpu = [t.cuda() if isinstance(t, torch.Tensor) else t for t in arguments]
+    assert torch.equal(kernels.dequantize(*on_gpu, torch.float32).cpu(), weight)
+    x = torch.randn(5, 72, device="cuda", requires_grad=True)
+    y = kernels.matmul(x, *on_gpu)
+    torch.testing.assert_close(y.cpu(), x.detach().cpu() @ weight.t(), atol=1e-4, rtol=1e-4)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(dx.cpu(), torch.ones(5, 40) @ weight, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [QuantSpec(1, 32), QuantSpec(2, 64), QuantSpec(4, 64), QuantSpec(8, 64)], ids=str)
+def test_a_gpu_solves_as_well_as_the_cpu(spec: QuantSpec) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(256, 512)
+    assert quantize(weight.cuda(), spec).nmse(weight.cuda()) == pytest.approx(
+        quantize(weight, spec).nmse(weight), rel=1e-3
+    )

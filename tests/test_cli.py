@@ -1,0 +1,275 @@
+"""The verbs of `hqqplus`, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import hqqplus
+from hqqplus import cli, models
+from hqqplus.adapters import Fingerprint, round_adapter, ship_adapter
+from hqqplus.evaluation.perplexity import make_windows, perplexity
+from hqqplus.modules import packed_modules
+
+IDS = torch.arange(3, 35).view(1, -1)
+TEXTS = ["once upon a time", "there was a model", "of very few bits"]
+VERBS = ("train", "validate", "quantize", "evaluate", "generate", "export", "env")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def run(*arguments: Any) -> str:
+    """stdout of `hqqplus ARGUMENTS`, which must succeed."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None:
+        raise AssertionError(result.output) from result.exception
+    assert result.exit_code == 0
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def made(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A parent, what the command line packed it to, an adapter on that, and texts."""
+    folder, parent = tmp_path_factory.mktemp("cli"), random_model("llama")
+    said = run("quantize", parent, folder / "packed", "--nbits", 2, "--group-size", 32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(models.load(folder / "packed").requires_grad_(False), config).eval()
+    round_adapter(model)
+    fingerprint = Fingerprint.read(folder / "packed")
+    assert fingerprint is not None
+    ship_adapter(model, models.load_tokenizer(str(parent)), folder / "adapter", fingerprint, "card")
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS))
+    return SimpleNamespace(
+        parent=parent,
+        packed=folder / "packed",
+        adapter=folder / "adapter",
+        texts=folder / "texts.jsonl",
+        said=said,
+        logits=model(IDS).logits,
+    )
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"]], ids=" ".join)
+def test_help_imports_nothing_heavy(run_python: Callable[..., Any], arguments: list[str]) -> None:
+    code = (
+        "import sys; sys.argv[:] = ['hqqplus', *sys.argv[1:]]\n"
+        "from hqqplus import cli\n"
+        "try:\n    cli.main()\n"
+        "finally:\n    print('HEAVY', sorted({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
+    )
+    output = run_python("-c", code, *arguments).stdout
+    assert "Usage: " in output
+    assert "HEAVY []" in output
+
+
+def test_the_module_runs_as_a_command(run_python: Callable[..., Any]) -> None:
+    result = run_python("-m", "hqqplus.cli", "nothing", check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "nothing" in result.stderr
+
+
+def test_every_verb_has_help() -> None:
+    overview = run("--help")
+    for verb in VERBS:
+        assert re.search(rf"^\s+{verb}\s+\S", overview, re.M), verb
+        assert "Usage: " in run(verb, "--help")
+
+
+# quantize ------------------------------------------------------------------------------------------------------------
+
+
+def test_quantize_says_what_it_wrote(made: SimpleNamespace) -> None:
+    assert re.fullmatch(rf"{made.packed}: 3\.000 bits per weight .*, \d+\.\d MB in all\n", made.said)
+    model = hqqplus.load(made.packed)
+    assert len(packed_modules(model)) == 14
+    assert {(m.spec.nbits, m.spec.group_size) for m in packed_modules(model).values()} == {(2, 32)}
+    fingerprint = Fingerprint.read(made.packed)
+    assert fingerprint is not None
+    assert "torch" in fingerprint.versions
+
+
+def test_quantize_with_overrides_and_skips(made: SimpleNamespace, tmp_path: Path) -> None:
+    run(
+        "quantize", made.parent, tmp_path / "out", "--nbits", 1, "--group-size", 16,
+        "--override", "lm_head=8", "--override", "*.down_proj=4:32", "--skip", "*.layers.0.*", "--skip", "o_proj",
+    )  # fmt: skip
+    specs = {
+        name: (m.spec.nbits, m.spec.group_size) for name, m in packed_modules(hqqplus.load(tmp_path / "out")).items()
+    }
+    layer = "model.layers.1"
+    assert specs == {
+        **{f"{layer}.self_attn.{name}_proj": (1, 16) for name in "qkv"},
+        **{f"{layer}.mlp.{name}_proj": (1, 16) for name in ("gate", "up")},
+        f"{layer}.mlp.down_proj": (4, 32),
+        "lm_head": (8, 16),
+    }
+
+
+def test_quantize_along_the_output_in_whole_rows(made: SimpleNamespace, tmp_path: Path) -> None:
+    run("quantize", made.parent, tmp_path / "out", "--axis", 0, "--group-size", -1, "--dtype", "bfloat16")
+    specs = {module.spec for module in packed_modules(hqqplus.load(tmp_path / "out")).values()}
+    assert {(spec.nbits, spec.group_size, spec.axis) for spec in specs} == {(2, -1, 0)}
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_quantize_fills_an_empty_folder(made: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    run("quantize", made.parent, tmp_path / "out", "--group-size", 32)
+    assert torch.equal(hqqplus.load(tmp_path / "out")(IDS).logits, hqqplus.load(made.packed)(IDS).logits)
+
+
+# evaluate and generate -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [("parent",), ("packed",), ("packed", "adapter"), ("adapter",)], ids=str)
+def test_evaluate(made: SimpleNamespace, arguments: tuple[str, ...]) -> None:
+    base, *adapter = (getattr(made, name) for name in arguments)
+    options = ["--adapter", adapter[0]] if adapter else []
+    said = run("evaluate", base, made.texts, "--max-length", 12, "--batch-size", 2, *options)
+    tokenizer = models.load_tokenizer(str(made.parent))
+    expected = perplexity(hqqplus.load(base, *adapter), make_windows(TEXTS, tokenizer, 12))
+    assert said == f"perplexity {expected.perplexity:.4f} ({expected.tokens:,} tokens, windows of 12)\n"
+    assert math.isfinite(expected.perplexity)
+
+
+def test_evaluate_reads_another_column_and_stops_early(made: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in TEXTS))
+    said = run("evaluate", made.packed, tmp_path / "a.jsonl", "--text-field", "story", "--max-tokens", 10)
+    assert re.fullmatch(r"perplexity \d+\.\d{4} \(9 tokens, windows of 1024\)\n", said)
+
+
+@pytest.mark.parametrize("arguments", [("packed",), ("packed", "adapter"), ("adapter",)], ids=str)
+def test_generate(made: SimpleNamespace, arguments: tuple[str, ...]) -> None:
+    base, *adapter = (getattr(made, name) for name in arguments)
+    options = ["--adapter", adapter[0]] if adapter else []
+    said = run("generate", base, "once", "of very", "--max-new-tokens", 5, *options)
+    tokenizer, model = models.load_tokenizer(str(made.parent)), hqqplus.load(base, *adapter)
+    expected = []
+    for prompt in ("once", "of very"):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        tokens = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0]
+        expected.append(tokenizer.decode(tokens, skip_special_tokens=True))
+    assert said == "".join(f"{text}\n" for text in expected)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_the_revision_goes_to_the_model_and_its_tokenizer_only(
+    made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    asked: list[tuple[str, str, Any]] = []
+
+    def load(name: str, adapter: Any, **arguments: Any) -> Any:
+        asked.append(("model", name, arguments["revision"]))
+        return AutoModelForCausalLM.from_pretrained(made.packed)
+
+    tokenizer = models.load_tokenizer(str(made.parent))
+
+    def load_tokenizer(name: str, **arguments: Any) -> Any:
+        asked.append(("tokenizer", name, arguments["revision"]))
+        return tokenizer
+
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(models, "load_tokenizer", load_tokenizer)
+    text = made.texts if verb == "evaluate" else "once"
+    run(verb, "some/model", text, "--revision", "v1")
+    run(verb, "some/model", text, "--revision", "v1", "--adapter", made.adapter)
+    without = tmp_path / "adapter"
+    shutil.copytree(made.adapter, without, ignore=shutil.ignore_patterns("tokenizer*"))
+    run(verb, "some/model", text, "--revision", "v1", "--adapter", without)
+    model = ("model", "some/model", "v1")
+    own = ("tokenizer", "some/model", "v1")
+    assert asked == [model, own, model, ("tokenizer", str(made.adapter), None), model, own]
+
+
+# export --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_export_and_reload_as_an_ordinary_model(made: SimpleNamespace, tmp_path: Path, dtype: str) -> None:
+    said = run("export", made.packed, tmp_path / "plain", "--adapter", made.adapter, "--dtype", dtype)
+    assert said == f"{tmp_path / 'plain'}: an ordinary checkpoint in {dtype}\n"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    assert not packed_modules(model)
+    assert (model(IDS).logits - made.logits).abs().max() < 0.05
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "plain" / "model.safetensors").values()} == {
+        f"torch.{dtype}"
+    }
+
+
+# validate and env ----------------------------------------------------------------------------------------------------
+
+
+def recipe(folder: Path, **sections: Any) -> Path:
+    values = {"model": {"name_or_path": "a/b"}, "data": {"path_or_name": "rows"}, "output_dir": "out", **sections}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_validate_gives_the_digest_that_overrides_change(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    plain, same, other = (
+        run("validate", path, *overrides) for overrides in ([], ["output_dir=elsewhere"], ["adapter.r=3"])
+    )
+    assert re.fullmatch(rf"{path}: valid \(digest [0-9a-f]{{12}}\)\n", plain)
+    assert plain == same != other
+
+
+def test_validate_says_everything_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, quantization={"nbits": 5, "grup_size": 64}, adapter={"r": "many"})
+    monkeypatch.setattr(sys, "argv", ["hqqplus", "validate", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines = output.err.splitlines()
+    assert len(lines) == 3
+    for key in ("quantization.nbits", "quantization.grup_size", "adapter.r"):
+        assert sum(f" {key}: " in line for line in lines) == 1
+    assert all(re.match(rf"{path}:\d+: ", line) for line in lines)
+
+
+def test_env_lists_versions_and_the_device() -> None:
+    said = run("env")
+    rows = dict(line.split(maxsplit=1) for line in said.splitlines())
+    assert rows["torch"] == torch.__version__
+    assert {"transformers", "peft", "trl", "hqqplus"} <= rows.keys()
+    device = "cuda:0" if torch.cuda.is_available() else "device"
+    assert device in rows
+
+
+def test_train_runs_the_recipe_with_its_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hqqplus.train
+
+    ran: list[Any] = []
+    monkeypatch.setattr(hqqplus.train, "run", ran.append)
+    run("train", recipe(tmp_path), "adapter.r=3", "seed=7")
+    assert [(one.adapter.r, one.seed, one.model.name_or_path) for one in ran] == [(3, 7, "a/b")]

@@ -1,0 +1,385 @@
+"""Loading by name, saving, exporting: in this process, and in one that has nothing but the files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hqqplus
+from hqqplus import HqqPlusConfig, models
+from hqqplus.adapters import Fingerprint, round_adapter, ship_adapter
+from hqqplus.embedded import MODEL_DIR
+from hqqplus.errors import UserError
+from hqqplus.modules import packed_modules
+
+IDS = torch.arange(3, 35).view(1, -1)
+CONFIG = {"nbits": 2, "group_size": 32, "overrides": {"lm_head": {"nbits": 8}}}
+
+
+@pytest.fixture(scope="module")
+def made(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A parent, what it was packed to, an adapter on that, and the logits of both."""
+    folder = tmp_path_factory.mktemp("made")
+    parent = folder / "parent"
+    shutil.copytree(random_model("qwen2"), parent)
+    base = models.quantize_folder(str(parent), folder / "packed", HqqPlusConfig(**CONFIG))
+    base_logits = base(IDS).logits
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(base.requires_grad_(False), config).eval()
+    round_adapter(model)
+    fingerprint = Fingerprint.read(folder / "packed")
+    assert fingerprint is not None
+    ship_adapter(model, models.load_tokenizer(str(parent)), folder / "adapter", fingerprint, "card")
+    logits = model(IDS).logits
+    assert (logits - base_logits).abs().max() > 0.1
+    return SimpleNamespace(
+        parent=parent,
+        packed=folder / "packed",
+        adapter=folder / "adapter",
+        logits=logits,
+        base_logits=base_logits,
+        fingerprint=fingerprint,
+    )
+
+
+# load ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_packed_folder(made: SimpleNamespace) -> None:
+    model = hqqplus.load(made.packed)
+    assert not model.training
+    assert len(packed_modules(model)) == 15
+    assert torch.equal(model(IDS).logits, made.base_logits)
+
+
+def test_a_parent_stays_in_full_precision(made: SimpleNamespace) -> None:
+    model = hqqplus.load(str(made.parent))
+    assert not model.training
+    assert not packed_modules(model)
+    assert torch.equal(model(IDS).logits, AutoModelForCausalLM.from_pretrained(made.parent)(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("packed", "adapter"), ("parent", "adapter"), ("adapter",)],
+    ids=["on the packed folder", "on the parent, which is then quantized", "alone"],
+)
+def test_an_adapter(made: SimpleNamespace, arguments: tuple[str, ...]) -> None:
+    model = hqqplus.load(*(getattr(made, name) for name in arguments))
+    assert isinstance(model, PeftModel)
+    assert not model.training
+    assert len(packed_modules(model)) == 15
+    assert torch.equal(model(IDS).logits, made.logits)
+
+
+def test_a_dtype_by_name_or_itself(made: SimpleNamespace) -> None:
+    for dtype in ("bfloat16", torch.bfloat16):
+        model = hqqplus.load(made.packed, made.adapter, dtype=dtype)
+        assert model.dtype == torch.bfloat16
+        assert packed_modules(model)["base_model.model.lm_head"].compute_dtype == torch.bfloat16
+        assert (model(IDS).logits - made.logits).abs().max() < 0.1
+    with pytest.raises(UserError, match="dtype is 'bf16'"):
+        hqqplus.load(made.packed, dtype="bf16")
+
+
+def test_the_revision_of_the_fingerprint_is_the_default_for_its_own_base(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(made.adapter, adapter)
+    values = json.loads((adapter / "hqqplus.json").read_text())
+    (adapter / "hqqplus.json").write_text(json.dumps({**values, "base": "some/model", "revision": "abc"}))
+    asked: list[tuple[str, Any, Any]] = []
+
+    def remember(name: str, **arguments: Any) -> Any:
+        asked.append((name, arguments["revision"], arguments["quantization"].nbits))
+        return AutoModelForCausalLM.from_pretrained(made.packed)
+
+    monkeypatch.setattr(models, "load_causal_lm", remember)
+    hqqplus.load(adapter)
+    hqqplus.load("some/model", adapter)
+    hqqplus.load("some/model", adapter, revision="main")
+    hqqplus.load("a/fork", adapter)
+    assert asked == [
+        ("some/model", "abc", 2),
+        ("some/model", "abc", 2),
+        ("some/model", "main", 2),
+        ("a/fork", None, 2),
+    ]
+
+
+def test_names(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.resolve_name("embedded:pydoc") == str(MODEL_DIR)
+    assert models.resolve_name("some/model") == "some/model"
+    monkeypatch.setenv("HOME", str(made.packed.parent))
+    assert models.is_packed("~/packed")
+    assert not models.is_packed("~/parent")
+    assert torch.equal(hqqplus.load("~/packed")(IDS).logits, made.base_logits)
+    assert models.load_tokenizer("~/packed").pad_token == "<pad>"
+
+
+def test_a_tokenizer_without_padding_pads_with_eos(made: SimpleNamespace, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(made.parent)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "one")
+    assert models.load_tokenizer(str(tmp_path / "one")).pad_token == "</s>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "none")
+    with pytest.raises(UserError, match="neither a padding nor an end-of-sequence token"):
+        models.load_tokenizer(str(tmp_path / "none"))
+
+
+# What is damaged -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["parent", "packed"])
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_a_missing_tensor_is_named_and_not_made_up(
+    made: SimpleNamespace, tmp_path: Path, name: str, lost: str
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(getattr(made, name), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"the checkpoint lacks {lost}$"):
+        hqqplus.load(folder)
+
+
+@pytest.mark.parametrize("problem", ["shape", "nan"])
+def test_a_bad_weight_of_the_parent_is_named(
+    made: SimpleNamespace, tmp_path: Path, problem: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(made.parent, folder)
+    tensors = load_file(folder / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight"
+    tensors[key] = tensors[key][:-1].clone() if problem == "shape" else tensors[key] / 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if problem == "shape":
+        with pytest.raises(UserError, match=rf"{key} has not the shape that config.json asks for"):
+            hqqplus.load(folder)
+    else:
+        with pytest.raises(UserError, match=rf"^model: {folder}: {key}: .*NaN or infinite") as caught:
+            models.quantize_folder(str(folder), tmp_path / "out", HqqPlusConfig(**CONFIG))
+        assert "\n" not in str(caught.value)
+    # transformers explains it on the terminal with a traceback in a table
+    assert "Traceback" not in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_config_that_does_not_fit_the_packed_tensors_is_refused(made: SimpleNamespace, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(made.packed, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["nbits"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"W_q has not the shape that config.json asks for"):
+        hqqplus.load(folder)
+
+
+def test_tensors_that_the_model_has_no_use_for_are_reported_and_no_error(
+    made: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "more"
+    shutil.copytree(made.parent, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "extra.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    log = models.logging.getLogger("transformers")
+    propagate, log.propagate = log.propagate, True
+    try:
+        model = hqqplus.load(folder)
+    finally:
+        log.propagate = propagate
+    assert torch.equal(model(IDS).logits, hqqplus.load(made.parent)(IDS).logits)
+    assert "extra.weight" in caplog.text
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda:99"])
+def test_a_device_that_is_not_there(made: SimpleNamespace, device: str) -> None:
+    with pytest.raises(UserError, match=rf"^device: '?{device}"):
+        hqqplus.load(made.packed, device=device)
+
+
+# A new process -------------------------------------------------------------------------------------------------------
+
+_SAVE_LOGITS = """
+import sys, torch, hqqplus
+from safetensors.torch import save_file
+base, adapter, output = sys.argv[1:]
+ids = torch.arange(3, 35).view(1, -1)
+model = hqqplus.load(base)
+logits = {"base": model(ids).logits.detach()}
+logits["adapted"] = hqqplus.load(base, adapter)(ids).logits.detach()
+save_file(logits, output)
+"""
+
+
+@pytest.mark.slow
+def test_a_new_process_without_the_parent_gives_the_same_logits(
+    random_model: Callable[..., Path], run_python: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Through the code that a user runs: quantized, adapted, shipped; moved; the parent gone."""
+    parent = tmp_path / "parent"
+    shutil.copytree(random_model("qwen3", True), parent)
+    models.quantize_folder(str(parent), tmp_path / "here" / "packed", HqqPlusConfig(nbits=1, group_size=32))
+    model = models.load(tmp_path / "here" / "packed")
+    expected = {"base": model(IDS).logits}
+    torch.manual_seed(3)
+    config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(model.requires_grad_(False), config).eval()
+    fingerprint = Fingerprint.read(tmp_path / "here" / "packed")
+    assert fingerprint is not None
+    round_adapter(model)
+    ship_adapter(model, models.load_tokenizer(str(parent)), tmp_path / "here" / "adapter", fingerprint, "card")
+    expected["adapted"] = model(IDS).logits
+    assert (expected["adapted"] - expected["base"]).abs().max() > 0.1
+
+    shutil.move(tmp_path / "here", tmp_path / "elsewhere")
+    shutil.rmtree(parent)
+    output = tmp_path / "logits.safetensors"
+    moved = tmp_path / "elsewhere"
+    run_python("-c", _SAVE_LOGITS, str(moved / "packed"), str(moved / "adapter"), str(output))
+    found = load_file(output)
+    assert torch.equal(found["base"], expected["base"])
+    assert torch.equal(found["adapted"], expected["adapted"])
+
+
+_READ_PLAIN = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, output = sys.argv[1:]
+assert AutoTokenizer.from_pretrained(folder)("ab")["input_ids"]
+model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+assert not any(info.values()), info
+assert "hqqplus" not in sys.modules
+save_file({"logits": model(torch.arange(3, 35).view(1, -1)).logits.detach()}, output)
+"""
+
+
+@pytest.mark.slow
+def test_an_export_is_read_without_hqqplus(
+    made: SimpleNamespace, run_python: Callable[..., Any], tmp_path: Path
+) -> None:
+    models.export(str(made.packed), made.adapter, tmp_path / "plain", torch.float16)
+    output = tmp_path / "logits.safetensors"
+    run_python("-c", _READ_PLAIN, str(tmp_path / "plain"), str(output))
+    assert (load_file(output)["logits"] - made.logits).abs().max() < 0.02
+
+
+# export --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize("arguments", [("packed", "adapter"), ("adapter", None), ("packed", None)])
+def test_an_export_is_an_ordinary_checkpoint_with_the_same_logits(
+    made: SimpleNamespace, tmp_path: Path, dtype: torch.dtype, tolerance: float, arguments: tuple[str, str | None]
+) -> None:
+    name, adapter = arguments
+    models.export(str(getattr(made, name)), getattr(made, adapter) if adapter else None, tmp_path / "plain", dtype)
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    with safe_open(tmp_path / "plain" / "model.safetensors", "pt") as exported:
+        with safe_open(made.parent / "model.safetensors", "pt") as parent:
+            assert set(exported.keys()) == set(parent.keys())
+        assert {exported.get_tensor(key).dtype for key in exported.keys()} == {dtype}  # noqa: SIM118
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    expected = made.base_logits if name == "packed" and adapter is None else made.logits
+    assert (model(IDS).logits - expected).abs().max() < tolerance
+    assert not [path for path in tmp_path.iterdir() if path.name != "plain"]
+
+
+def test_the_tolerance_tells_base_from_adapted(made: SimpleNamespace) -> None:
+    assert (made.base_logits - made.logits).abs().max() > 0.3
+
+
+def test_an_export_of_a_tied_model_stays_tied(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = HqqPlusConfig(nbits=4, group_size=32, overrides={"model.embed_tokens": {"nbits": 8}})
+    logits = models.quantize_folder(str(random_model("qwen3", True)), tmp_path / "packed", config)(IDS).logits
+    models.export(str(tmp_path / "packed"), None, tmp_path / "plain", torch.float16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (model(IDS).logits - logits).abs().max() < 0.02
+
+
+def test_an_export_that_fails_leaves_nothing(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    tokenizer = models.load_tokenizer(str(made.packed))
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space left"):
+        models.export(str(made.packed), None, tmp_path / "plain")
+    assert list(tmp_path.iterdir()) == []
+
+
+# quantize ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_packed_folder_says_where_it_comes_from(made: SimpleNamespace) -> None:
+    assert made.fingerprint.base == str(made.parent)
+    assert {"nbits", "group_size", "overrides"} <= made.fingerprint.quantization.keys()
+    assert {key: made.fingerprint.quantization[key] for key in CONFIG} == CONFIG
+    assert models.is_packed(str(made.packed))
+    assert not models.is_packed(str(made.parent))
+    card = (made.packed / "README.md").read_text()
+    assert made.fingerprint.describe() in card
+    assert "Import `hqqplus` before" in card
+    assert AutoTokenizer.from_pretrained(made.packed)("ab") == AutoTokenizer.from_pretrained(made.parent)("ab")
+
+
+def test_packing_twice_is_refused(made: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="packed already; quantize its parent"):
+        models.quantize_folder(str(made.packed), tmp_path / "out", HqqPlusConfig(**CONFIG))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_below_a_file_is_refused_before_the_work(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(models, "load_causal_lm", None)
+    with pytest.raises(UserError, match="is a file, a folder is needed"):
+        models.quantize_folder(str(made.parent), tmp_path / "file" / "out", HqqPlusConfig(**CONFIG))
+    with pytest.raises(UserError, match="is a file, a folder is needed"):
+        models.export(str(made.packed), None, tmp_path / "file" / "out")
+
+
+# The weights of the parent -------------------------------------------------------------------------------------------
+
+
+def test_single_weights_of_the_parent(made: SimpleNamespace, tmp_path: Path) -> None:
+    model = hqqplus.load(made.parent)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    for folder in (made.parent, tmp_path / "shards"):
+        read = models.parent_weights(str(folder))
+        for name in ("model.layers.1.mlp.down_proj", "lm_head"):
+            assert torch.equal(read(name), model.get_submodule(name).weight)
+    with pytest.raises(UserError, match=r"no tensor 'model\.nothing\.weight'"):
+        read("model.nothing")
+
+
+def test_a_parent_that_is_gone_or_damaged_is_named(made: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path / 'gone'}: no such folder"):
+        models.parent_weights(str(tmp_path / "gone"))
+    shutil.copytree(made.parent, tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        models.parent_weights(str(tmp_path / "broken"))
