@@ -11,7 +11,8 @@ DEMO_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
 demo: .venv/installed
 	rm -rf runs/demo
-	$(DEMO_ENV) $(BIN)/python -m hqqplus.train recipes/embedded_2bit.yaml output_dir=runs/demo
+	$(DEMO_ENV) $(BIN)/python -m hqqplus.train recipes/embedded_2bit.yaml output_dir=runs/demo \
+		quantization.save_to=runs/demo/base
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow and not gpu"

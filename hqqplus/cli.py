@@ -81,7 +81,7 @@ def quantize(
         output,
         config,
         revision=revision,
-        dtype=_dtype(dtype),
+        dtype="checkpoint" if dtype == "auto" else _dtype(dtype),
         device=device,
         trust_remote_code=trust_remote_code,
         versions=environment(),
@@ -143,6 +143,8 @@ def export(
     output: Output,
     adapter: Adapter = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write dequantized weights + adapter as an ordinary 16-bit checkpoint."""
     import torch
@@ -153,7 +155,7 @@ def export(
         raise UserError(f"{output}: exists already: name another folder")
     if dtype not in ("bfloat16", "float16"):
         raise UserError(f"--dtype: {dtype!r} is not one of bfloat16, float16")
-    write(model, adapter, output, getattr(torch, dtype))
+    write(model, adapter, output, getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code)
     typer.echo(f"{output}: an ordinary checkpoint in {dtype}")
 
 

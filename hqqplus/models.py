@@ -153,23 +153,23 @@ def load_causal_lm(
 ) -> Any:
     """`AutoModelForCausalLM.from_pretrained` with a device, a dtype and clear errors.
 
-    With `quantization` a full-precision model is quantized while it loads; a packed one keeps its own.
+    With `quantization` a full-precision model is quantized while it loads, from the dtype of its checkpoint whatever
+    `dtype` is, so that the codes do not depend on what is computed in afterwards; a packed one keeps its own.
+
+    `dtype` "checkpoint" leaves everything in the dtype of the checkpoint.
 
     Raises:
         UserError: naming `where` and `name`.
     """
     from transformers import AutoModelForCausalLM
 
-    import hqqplus.integrations.transformers  # noqa: F401  registers the quantizer
+    from hqqplus.integrations.transformers import cast_unpacked  # also registers the quantizer
 
     check_folder(name, where)
     device = pick_device(device)
-    torch_dtype = (
-        default_dtype(device) if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    )
-    if not isinstance(torch_dtype, torch.dtype):
-        raise UserError(f"{where}: dtype is {dtype!r}: it must be auto or one of torch's, such as bfloat16")
-    arguments: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}
+    torch_dtype = None if dtype == "checkpoint" else _compute_dtype(dtype, device, where)
+    as_stored = torch_dtype is None or quantization is not None
+    arguments: dict[str, Any] = {"dtype": "auto" if as_stored else torch_dtype, "trust_remote_code": trust_remote_code}
     if revision is not None:
         arguments["revision"] = revision
     if attn_implementation is not None:
@@ -187,7 +187,18 @@ def load_causal_lm(
             # transformers would go on with random ones, and a warning.
             further = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
             raise UserError(f"the checkpoint lacks {missing[0]}{further}")
+    if as_stored and torch_dtype is not None:
+        cast_unpacked(model, torch_dtype)
     return model
+
+
+def _compute_dtype(dtype: str | torch.dtype, device: torch.device, where: str) -> torch.dtype:
+    found = (
+        default_dtype(device) if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    )
+    if not isinstance(found, torch.dtype):
+        raise UserError(f"{where}: dtype is {dtype!r}: it must be auto or one of torch's, such as bfloat16")
+    return found
 
 
 def load_tokenizer(
@@ -332,12 +343,15 @@ def quantize_folder(
     quantization: HqqPlusConfig,
     *,
     revision: str | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
+    dtype: str = "checkpoint",
+    device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     versions: dict[str, str] | None = None,
+    where: str = "model",
 ) -> Any:
     """Quantize model `name` while loading it and write the packed model to `output`. Returns the model.
+
+    What is not packed is written in `dtype`, by default that of the checkpoint.
 
     Raises:
         UserError: if the model cannot be read, or is packed already.
@@ -345,14 +359,22 @@ def quantize_folder(
     check_output(output, "output")
     if is_packed(name):
         raise UserError(f"model: {name}: this model is packed already; quantize its parent")
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "where": "model"}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "where": where}
     tokenizer = load_tokenizer(name, **options)
     model = load_causal_lm(name, quantization=quantization, dtype=dtype, device=device, **options)
     save_packed(model, tokenizer, output, fingerprint_of(model, name, revision, versions or {}))
     return model
 
 
-def export(name: str, adapter: str | Path | None, output: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def export(
+    name: str,
+    adapter: str | Path | None,
+    output: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Write dequantized base + adapter as an ordinary 16-bit checkpoint, for tools that know nothing of packed layers.
 
     The size is the parent's again; the quality is that of the recovered model, up to the rounding to `dtype`.
@@ -361,9 +383,11 @@ def export(name: str, adapter: str | Path | None, output: str | Path, dtype: tor
         UserError: if base or adapter are missing, damaged, or do not belong together.
     """
     check_output(output, "output")
-    base, adapter, model = _load_base(name, adapter, None, torch.float32, "cpu", False)
+    base, adapter, model = _load_base(name, adapter, revision, torch.float32, "cpu", trust_remote_code)
     has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(adapter) if has_tokenizer else base, where="model")
+    tokenizer = load_tokenizer(
+        str(adapter) if has_tokenizer else base, trust_remote_code=trust_remote_code, where="model"
+    )
     if adapter is not None:
         check_base(model, adapter)
     if getattr(model, "is_quantized", False):

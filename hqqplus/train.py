@@ -45,7 +45,7 @@ def run(recipe: Recipe) -> Report:
     from hqqplus.integrations.trl import RecoveryTrainer, sft_config
     from hqqplus.modules import bits_per_weight, model_bytes
     from hqqplus.recovery import setup, summary
-    from hqqplus.recovery.backbone import load_backbone, load_options, parent_name
+    from hqqplus.recovery.backbone import load_backbone, load_options, parent_of
     from hqqplus.recovery.checkpoints import checkpoint_folder, discard_incomplete, last_complete, write_manifest
     from hqqplus.recovery.measure import Meter, Notebook
 
@@ -88,12 +88,13 @@ def run(recipe: Recipe) -> Report:
 
     # 3. The parent, in full precision: what the rest is measured against.
     parent: Measurement | None = None
-    name = parent_name(recipe)
-    if recipe.evaluation.parent and name is not None:
+    named = parent_of(recipe)
+    if recipe.evaluation.parent and named is not None:
+        name, revision = named
 
         def measure_parent() -> Measurement:
             say(f"measuring the parent {name}")
-            model = models.load_causal_lm(name, **load_options(recipe, state.device))
+            model = models.load_causal_lm(name, **{**load_options(recipe, state.device), "revision": revision})
             measured = meter.measure(model, model_bytes(model))
             del model
             _free(torch)
@@ -105,7 +106,7 @@ def run(recipe: Recipe) -> Report:
     # 4. The backbone: quantized while it loads, then frozen.
     residual = recipe.adapter.init == "residual" and resume is None
     versions = environment()
-    backbone = load_backbone(recipe, tokenizer, state.device, versions, residual, writes=state.is_main_process)
+    backbone = load_backbone(recipe, state.device, versions, residual)
     model = backbone.model.requires_grad_(False)
     bpw, backbone_bytes = bits_per_weight(model), model_bytes(model)
     quantized = notes.recall(

@@ -27,7 +27,7 @@ _REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "orthogonal", "mica", "l
 MERGE_REFUSED = (
     "an adapter cannot be merged into a packed base: re-quantizing to 1-4 bits destroys most of it. Keep the adapter "
     "beside the base (`hqqplus.load(base, adapter)`), or export dequantized weights + adapter in 16 bits "
-    "(`hqqplus export BASE ADAPTER OUTPUT`)"
+    "(`hqqplus export BASE OUTPUT --adapter ADAPTER`)"
 )
 
 

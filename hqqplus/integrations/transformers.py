@@ -238,6 +238,20 @@ def mark_loaded(layer: nn.Module) -> None:
             parameter._is_hf_initialized = True
 
 
+def cast_unpacked(model: Any, dtype: torch.dtype) -> None:
+    """Bring the parameters that are in the model's dtype to `dtype`; packed layers compute in it from now on.
+
+    Parameters kept in another dtype (fp32 norms of some models) stay as they are.
+    """
+    before = model.dtype
+    for parameter in model.parameters():
+        if parameter.dtype == before:
+            parameter.data = parameter.data.to(dtype)
+    for module in replace.packed_modules(model).values():
+        module.compute_dtype = dtype
+    model.config.dtype = dtype
+
+
 def finish(model: Any) -> None:
     """What every model with packed layers gets, loaded or quantized in memory."""
     from hqqplus.integrations.peft import register_packed_lora

@@ -89,13 +89,20 @@ def pack_module(
     Raises:
         ValueError: if the weight holds NaN or infinite values; the message names the tensor.
     """
+    module = model.get_submodule(name)
+    shape = (module.num_embeddings, module.embedding_dim) if isinstance(module, nn.Embedding) else None
+    if isinstance(module, nn.Linear):
+        shape = (module.out_features, module.in_features)
+    if tuple(weight.shape) != shape:
+        raise ValueError(
+            f"{name}.weight: its shape is {tuple(weight.shape)}, the model's configuration asks for {shape}"
+        )
     try:
         packed = quantize(weight, spec)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from None
     for observer in _observers.get():
         observer(name, weight, packed)
-    module = model.get_submodule(name)
     layer = empty_packed(module, spec, compute_dtype)
     layer.set_packed(packed)
     model.set_submodule(name, layer.train(module.training))

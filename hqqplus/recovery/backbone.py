@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from hqqplus import models
 from hqqplus.adapters import Fingerprint, ResidualCollector, residuals_from_parent
@@ -27,13 +29,13 @@ class Backbone:
     factors: dict[str, Factors] | None
 
 
-def parent_name(recipe: Recipe) -> str | None:
-    """The full-precision model behind the recipe's model; None if that is packed and does not know its parent."""
+def parent_of(recipe: Recipe) -> tuple[str, str | None] | None:
+    """(name, revision) of the full-precision model behind the recipe's; None if that is packed and knows no parent."""
     name = recipe.model.name_or_path
     if not models.is_packed(name):
-        return name
+        return name, recipe.model.revision
     fingerprint = Fingerprint.read(name)
-    return fingerprint.base if fingerprint else None
+    return (fingerprint.base, fingerprint.revision) if fingerprint else None
 
 
 def load_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
@@ -48,14 +50,11 @@ def load_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     }
 
 
-def load_backbone(
-    recipe: Recipe, tokenizer: Any, device: torch.device, versions: dict[str, str], residual: bool, writes: bool
-) -> Backbone:
-    """Bring up the packed model of `recipe` on `device`.
+def load_backbone(recipe: Recipe, device: torch.device, versions: dict[str, str], residual: bool) -> Backbone:
+    """Bring up the packed model of `recipe` on `device`, by way of `quantization.save_to` where that is given.
 
     Args:
         residual: also compute the factors of the residual LoRA start.
-        writes: whether this process may write `quantization.save_to`.
 
     Raises:
         UserError: if the model cannot be read, if `save_to` holds something else, or if the residual start needs a
@@ -67,23 +66,36 @@ def load_backbone(
     if models.is_packed(name):
         return _packed(recipe, name, config, options, versions, residual)
     saved = section.save_to
-    if saved is not None:
-        check_output(saved, "quantization.save_to")
-    if saved is not None and Path(saved).exists():
-        fingerprint = _check_saved(saved, name, recipe.model.revision, config)
-        if not residual:
-            return Backbone(models.load_causal_lm(saved, **{**options, "revision": None}), fingerprint, None)
-    if not residual:
-        model, factors = models.load_causal_lm(name, quantization=config, **options), None
-    else:
-        collector = ResidualCollector(recipe.adapter.r)
-        with observe_packing(collector):
+    collector = ResidualCollector(recipe.adapter.r)
+    if saved is None:
+        with observe_packing(collector) if residual else nullcontext():
             model = models.load_causal_lm(name, quantization=config, **options)
-        factors = collector.factors
-    fingerprint = models.fingerprint_of(model, name, recipe.model.revision, versions)
-    if saved is not None and writes:
-        models.save_packed(model, tokenizer, saved, fingerprint)
-    return Backbone(model, fingerprint, factors)
+        fingerprint = models.fingerprint_of(model, name, recipe.model.revision, versions)
+        return Backbone(model, fingerprint, collector.factors if residual else None)
+
+    check_output(saved, "quantization.save_to")
+    state = PartialState()
+    # One process quantizes and writes; all of them read what it wrote.
+    with state.main_process_first():
+        if state.is_main_process and not Path(saved).exists():
+            models.quantize_folder(
+                name,
+                saved,
+                config,
+                revision=recipe.model.revision,
+                device=device,
+                trust_remote_code=recipe.model.trust_remote_code,
+                versions=versions,
+                where="model.name_or_path",
+            )
+    fingerprint = _check_saved(saved, name, recipe.model.revision, config)
+    model = models.load_causal_lm(saved, **{**options, "revision": None})
+    return Backbone(model, fingerprint, _factors(model, fingerprint, recipe) if residual else None)
+
+
+def _factors(model: Any, fingerprint: Fingerprint, recipe: Recipe) -> dict[str, Factors]:
+    reader = models.parent_weights(fingerprint.base, fingerprint.revision)
+    return residuals_from_parent(model, reader, recipe.adapter.r)
 
 
 def _packed(
@@ -99,12 +111,9 @@ def _packed(
     noted = Fingerprint.read(name)
     parent = noted.base if noted else None
     fingerprint = models.fingerprint_of(model, parent or name, noted.revision if noted else None, versions)
-    if not residual:
-        return Backbone(model, fingerprint, None)
-    if parent is None:
+    if residual and parent is None:
         raise UserError(f"adapter.init: {name} does not say what it was quantized from; use init: default")
-    reader = models.parent_weights(parent, fingerprint.revision)
-    return Backbone(model, fingerprint, residuals_from_parent(model, reader, recipe.adapter.r))
+    return Backbone(model, fingerprint, _factors(model, fingerprint, recipe) if residual else None)
 
 
 def _check_saved(saved: str, name: str, revision: str | None, config: HqqPlusConfig) -> Fingerprint:
