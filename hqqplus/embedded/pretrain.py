@@ -1,7 +1,7 @@
 """Train the embedded model: `python -m hqqplus.embedded.pretrain OUTPUT_FOLDER`.
 
 A Llama of about 3 M parameters and a byte-level BPE of 2,048 tokens, from scratch, on the training split of
-`hqqplus.embedded.corpus`. About half an hour on two CPU cores. Writes fp16 weights, tokenizer, `training.json` with
+`hqqplus.embedded.corpus`. About an hour on two CPU cores. Writes fp16 weights, tokenizer, `training.json` with
 the measured perplexity, and the model card.
 """
 
@@ -100,7 +100,7 @@ def perplexity(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps (0: by epochs)")
