@@ -20,7 +20,7 @@ def solver_nmse(result: dict[str, Any]) -> str:
     lines = ["| bits / group | bits per weight | hqq 0.2.8 | hqqplus |", "|---|---|---|---|"]
     for row in result["rows"]:
         name = f"{row['nbits']} / {row['group_size']}"
-        lines.append(f"| {name} | {row['bits_per_weight']:.2f} | {row['nmse_hqq']:.4f} | **{row['nmse']:.4f}** |")
+        lines.append(f"| {name} | {row['bits_per_weight']:.2f} | {row['nmse_hqq']:.3g} | **{row['nmse']:.3g}** |")
     return "\n".join(lines)
 
 

@@ -55,7 +55,7 @@ class PackedState(nn.Module):
         return PackedTensor(W_q, scale, offset, self.spec, self.matrix_shape)
 
     def metadata(self) -> tuple[Tensor, Tensor]:
-        """scale and offset as 16-bit floats [rows, groups]: views of the stored integers."""
+        """scale and offset as 16-bit floats [rows, groups]: views of the stored bytes."""
         name = self.spec.metadata_dtype
         return from_storage(self.scale, name), from_storage(self.offset, name)
 

@@ -1,4 +1,4 @@
-"""Scale and offset as they are stored: 16-bit floats, bit-cast to int16.
+"""Scale and offset as they are stored: the bytes of 16-bit floats.
 
 Integers are what no part of the stack re-types: `.to(dtype)`, an fp32 upcast before training, a mixed-precision policy
 or a reload with another dtype all cast floating tensors only.
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hqqplus.quantization.spec import METADATA_DTYPES
 
-STORAGE_DTYPE = torch.int16
+# Bytes, not int16: neither NCCL nor gloo can send an int16, so DDP could not start.
+STORAGE_DTYPE = torch.uint8
 
 
 def metadata_dtype(name: str) -> torch.dtype:
@@ -26,10 +27,10 @@ def metadata_dtype(name: str) -> torch.dtype:
 
 
 def to_storage(values: Tensor) -> Tensor:
-    """Bit-cast a 16-bit float tensor to int16."""
-    return values.view(STORAGE_DTYPE)
+    """The bytes of a 16-bit float tensor [..., n]: [..., 2 n] uint8."""
+    return values.contiguous().view(STORAGE_DTYPE)
 
 
 def from_storage(stored: Tensor, name: str) -> Tensor:
-    """Bit-cast an int16 tensor back to the 16-bit float type called `name`."""
+    """Bytes [..., 2 n] seen as the 16-bit float type called `name`: [..., n]."""
     return stored.view(metadata_dtype(name))

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hqqplus.quantization.metadata import from_storage, metadata_dtype, to_storage
+from hqqplus.quantization.metadata import metadata_dtype
 from hqqplus.quantization.spec import QuantSpec
 
 # Elements solved at once: small enough that a chunk and its temporaries stay in a CPU's cache.
@@ -230,8 +230,8 @@ def _store(
     nearest = (scale * unit).to(dtype)
     candidates = [nearest]
     if spec.nbits > 1:
-        bits = to_storage(nearest)
-        neighbours = (from_storage((bits + sign).clamp_min_(0), spec.metadata_dtype) for sign in (-1, 1))
+        bits = nearest.view(torch.int16)
+        neighbours = ((bits + sign).clamp_min_(0).view(dtype) for sign in (-1, 1))
         candidates += [torch.where(varying, neighbour, nearest) for neighbour in neighbours]
     fits = []
     for stored_scale in candidates:

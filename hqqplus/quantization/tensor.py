@@ -23,8 +23,8 @@ def state_shapes(
     layout = spec.layout(out_features, in_features)
     return {
         "W_q": ((layout.rows, packed_width(layout.padded, spec.nbits)), torch.uint8),
-        "scale": ((layout.rows, layout.groups), torch.int16),
-        "offset": ((layout.rows, layout.groups), torch.int16),
+        "scale": ((layout.rows, 2 * layout.groups), torch.uint8),
+        "offset": ((layout.rows, 2 * layout.groups), torch.uint8),
     }
 
 
@@ -55,8 +55,8 @@ def dequantize_matrix(
 class PackedTensor:
     """A quantized `[out_features, in_features]` matrix.
 
-    `W_q` holds the packed codes [rows, bytes] (uint8), `scale` and `offset` [rows, groups] as 16-bit floats bit-cast
-    to int16. `rows` is out_features for axis 1 and in_features for axis 0, whose matrix is stored turned.
+    `W_q` holds the packed codes [rows, bytes], `scale` and `offset` [rows, 2 groups] the bytes of 16-bit floats: all
+    uint8. `rows` is out_features for axis 1 and in_features for axis 0, whose matrix is stored turned.
     """
 
     W_q: Tensor

@@ -176,7 +176,7 @@ def test_files_hold_integers_only_for_packed_layers(random_model: Callable[..., 
     with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
         packed = {k: tensors.get_tensor(k).dtype for k in tensors.keys() if "_proj" in k}  # noqa: SIM118
     assert {k.rsplit(".", 1)[1] for k in packed} == {"W_q", "scale", "offset"}
-    assert set(packed.values()) == {torch.uint8, torch.int16}
+    assert set(packed.values()) == {torch.uint8}
 
 
 @pytest.mark.parametrize("first", ["hqqplus", "transformers"])

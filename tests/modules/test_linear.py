@@ -31,7 +31,7 @@ def test_everything_is_frozen_and_packed_state_is_integer() -> None:
     assert list(packed.state_dict()) == ["W_q", "scale", "offset", "bias"]
     assert not list(packed.buffers())
     assert not any(p.requires_grad for p in packed.parameters())
-    assert {packed.W_q.dtype, packed.scale.dtype, packed.offset.dtype} == {torch.uint8, torch.int16}
+    assert {packed.W_q.dtype, packed.scale.dtype, packed.offset.dtype} == {torch.uint8}
 
 
 def test_no_cast_touches_packed_state() -> None:

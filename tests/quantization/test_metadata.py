@@ -6,7 +6,7 @@ import torch
 from hqqplus.quantization.metadata import STORAGE_DTYPE, from_storage, metadata_dtype, to_storage
 from hqqplus.quantization.spec import METADATA_DTYPES
 
-ALL_BITS = torch.arange(-(2**15), 2**15).to(torch.int16)
+ALL_BITS = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.uint8)
 
 
 def test_names() -> None:
@@ -35,14 +35,14 @@ def test_every_bit_pattern_survives(name: str) -> None:
 def test_values_and_shape_survive(name: str) -> None:
     values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(metadata_dtype(name))
     stored = to_storage(values)
-    assert stored.dtype == STORAGE_DTYPE == torch.int16
-    assert stored.shape == values.shape
+    assert stored.dtype == STORAGE_DTYPE == torch.uint8
+    assert stored.shape == (5, 14)
     assert torch.equal(from_storage(stored, name), values)
 
 
 def test_known_bits() -> None:
-    assert to_storage(torch.tensor([1.0, -2.0, 0.0], dtype=torch.float16)).tolist() == [0x3C00, 0xC000 - 0x10000, 0]
-    assert to_storage(torch.tensor([1.0, 0.0], dtype=torch.bfloat16)).tolist() == [0x3F80, 0]
+    assert to_storage(torch.tensor([1.0, -2.0, 0.0], dtype=torch.float16)).tolist() == [0x00, 0x3C, 0x00, 0xC0, 0, 0]
+    assert to_storage(torch.tensor([1.0, 0.0], dtype=torch.bfloat16)).tolist() == [0x80, 0x3F, 0, 0]
 
 
 def test_a_cast_of_the_module_leaves_stored_metadata_alone() -> None:
