@@ -32,9 +32,26 @@ def recovery_vs_reference(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def embedded_2bit(result: dict[str, Any]) -> str:
+    mb = {
+        "parent": result["parent_bytes"],
+        "quantized": result["backbone_bytes"],
+        "recovered": result["backbone_bytes"] + result["adapter_bytes"],
+    }
+    bits = {"parent": "16", "quantized": f"{result['bits_per_weight']:.2f}", "recovered": "the same + adapter"}
+    lines = ["| | perplexity | bits per weight | MB |", "|---|---|---|---|"]
+    for stage, size in mb.items():
+        lines.append(f"| {stage} | {result[f'ppl_{stage}']:.2f} | {bits[stage]} | {size / 1e6:.1f} |")
+    return "\n".join(lines)
+
+
 def render(file: str) -> str:
     path = ROOT / file
-    makers = {"solver_nmse": solver_nmse, "recovery_vs_reference": recovery_vs_reference}
+    makers = {
+        "solver_nmse": solver_nmse,
+        "recovery_vs_reference": recovery_vs_reference,
+        "embedded_2bit": embedded_2bit,
+    }
     return makers[path.stem](json.loads(path.read_text(encoding="utf-8")))
 
 

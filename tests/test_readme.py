@@ -77,7 +77,7 @@ def test_tables_are_the_measured_ones() -> None:
     assert spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    assert README.count("<!-- table:") == 2
+    assert README.count("<!-- table:") == 3
     assert tables.filled(README) == README
 
 

@@ -1,0 +1,25 @@
+"""Quantizing while loading needs the packed size and a constant, not the parent's size."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_peak_memory_does_not_grow_with_the_parent() -> None:
+    spec = importlib.util.spec_from_file_location("peak_memory", ROOT / "benchmarks" / "peak_memory.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    small, large = benchmark.measure(2, 640), benchmark.measure(8, 640)
+    grown = large["parent"] - small["parent"]
+    assert grown > 50e6
+    # Six more layers: their packed size (a sixth of 16 bits), and no more than noise beside it.
+    assert large["peak"] - small["peak"] < (large["packed"] - small["packed"]) + 0.15 * grown
