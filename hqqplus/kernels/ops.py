@@ -40,17 +40,8 @@ def dequantize(
 
 
 @dequantize.register_fake
-def _(
-    W_q: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    nbits: int,
-    group_size: int,
-    axis: int,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(W_q: Tensor, *arguments: Any) -> Tensor:
+    *_, out_features, in_features, dtype = arguments
     return W_q.new_empty((out_features, in_features), dtype=dtype)
 
 
@@ -71,17 +62,8 @@ def matmul(
 
 
 @matmul.register_fake
-def _(
-    x: Tensor,
-    W_q: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    nbits: int,
-    group_size: int,
-    axis: int,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    *_, out_features, _ = arguments
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -102,17 +84,8 @@ def matmul_dx(
 
 
 @matmul_dx.register_fake
-def _(
-    dy: Tensor,
-    W_q: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    nbits: int,
-    group_size: int,
-    axis: int,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
+def _(dy: Tensor, *arguments: Any) -> Tensor:
+    *_, in_features = arguments
     return dy.new_empty((*dy.shape[:-1], in_features))
 
 
@@ -152,14 +125,6 @@ def embedding(
 
 
 @embedding.register_fake
-def _(
-    ids: Tensor,
-    W_q: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    nbits: int,
-    group_size: int,
-    width: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return scale.new_empty((*ids.shape, width), dtype=dtype)
+def _(ids: Tensor, *arguments: Any) -> Tensor:
+    *_, width, dtype = arguments
+    return ids.new_empty((*ids.shape, width), dtype=dtype)
