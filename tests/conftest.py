@@ -18,6 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# No example has a time limit: machines differ. In CI the examples are the same each time, so that a change is judged
+# by what it changed; everywhere else they are new ones.
+settings.register_profile("hqqplus", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("hqqplus")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -21,7 +21,7 @@ def test_peak_memory_does_not_grow_with_the_parent() -> None:
     small, large = benchmark.measure(2, 640), benchmark.measure(8, 640)
     grown = large["parent"] - small["parent"]
     assert grown > 50e6
-    # Six more layers cost their packed size, a sixth of 16 bits. Peaks are sampled, so the bound is wide: it is between
-    # that and the parent's growth, which is what loading before quantizing would cost at least.
+    # Six more layers cost their packed size, a sixth of 16 bits. Peaks are sampled, so the bound is wide: between that
+    # and the parent's growth, which is what loading before quantizing would cost at least.
     assert large["packed"] - small["packed"] < 0.2 * grown
     assert large["peak"] - small["peak"] < 0.6 * grown
