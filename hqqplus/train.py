@@ -40,7 +40,7 @@ def run(recipe: Recipe) -> Report:
     from hqqplus import models
     from hqqplus.adapters import adapter_size, apply_residual_start, round_adapter, ship_adapter
     from hqqplus.adapters.card import model_card
-    from hqqplus.evaluation.perplexity import make_windows, recovery
+    from hqqplus.evaluation.perplexity import make_windows, perplexity, recovery
     from hqqplus.evaluation.report import Report, environment, print_report, write_report
     from hqqplus.integrations.trl import RecoveryTrainer, sft_config
     from hqqplus.modules import bits_per_weight, model_bytes
@@ -131,17 +131,7 @@ def run(recipe: Recipe) -> Report:
         write_manifest(checkpoint_folder(output_dir, step), recipe, step, seconds + spent, tokens + seen)
 
     def evaluate(model: Any, index: int, count: int, reduce: Any) -> Any:
-        shared = Meter(
-            windows,
-            tokenizer,
-            (),
-            1,
-            recipe.evaluation.batch_size,
-            process_index=index,
-            num_processes=count,
-            reduce=reduce,
-        )
-        return shared.perplexity(model, setup.EVALUATION_SET)
+        return perplexity(model, windows[setup.EVALUATION_SET], recipe.evaluation.batch_size, index, count, reduce)
 
     trainer = RecoveryTrainer(
         model=model,

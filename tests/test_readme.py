@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_benchmark
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -72,11 +71,7 @@ def test_every_other_command_and_the_python_run_in_order(folder: Path) -> None:
 
 
 def test_tables_are_the_measured_ones() -> None:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    tables = load_benchmark("tables")
     assert README.count("<!-- table:") == 3
     assert tables.filled(README) == README
 

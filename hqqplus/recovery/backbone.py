@@ -66,8 +66,8 @@ def load_backbone(recipe: Recipe, device: torch.device, versions: dict[str, str]
     if models.is_packed(name):
         return _packed(recipe, name, config, options, versions, residual)
     saved = section.save_to
-    collector = ResidualCollector(recipe.adapter.r)
     if saved is None:
+        collector = ResidualCollector(recipe.adapter.r)
         with observe_packing(collector) if residual else nullcontext():
             model = models.load_causal_lm(name, quantization=config, **options)
         fingerprint = models.fingerprint_of(model, name, recipe.model.revision, versions)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hqqplus.evaluation.perplexity import PerplexityResult, Windows, perplexity
+from hqqplus.evaluation.perplexity import Windows, perplexity
 from hqqplus.evaluation.samples import complete
 from hqqplus.files import write_json
 
@@ -31,7 +31,6 @@ class Meter:
 
     Attributes:
         windows: evaluation set -> its windows.
-        process_index, num_processes, reduce: how the windows are shared out (see `evaluation.perplexity`).
     """
 
     windows: Mapping[str, Windows]
@@ -39,18 +38,10 @@ class Meter:
     prompts: Sequence[str]
     max_new_tokens: int
     batch_size: int
-    process_index: int = 0
-    num_processes: int = 1
-    reduce: Callable[[Any], Any] | None = None
-
-    def perplexity(self, model: Any, name: str) -> PerplexityResult:
-        return perplexity(
-            model, self.windows[name], self.batch_size, self.process_index, self.num_processes, self.reduce
-        )
 
     def measure(self, model: Any, model_bytes: int) -> Measurement:
         return Measurement(
-            {name: self.perplexity(model, name).perplexity for name in self.windows},
+            {name: perplexity(model, windows, self.batch_size).perplexity for name, windows in self.windows.items()},
             complete(model, self.tokenizer, self.prompts, self.max_new_tokens),
             model_bytes,
         )
