@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from hqqplus.integrations import register_when_imported
 
 if TYPE_CHECKING:
+    from hqqplus.allocation import allocate, describe_plan, hybrid_plan
     from hqqplus.integrations.transformers import HqqPlusConfig, quantize_model
     from hqqplus.models import export, load, quantize_folder
     from hqqplus.modules import PackedEmbedding, PackedLinear
-    from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, quantize
+    from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, candidate_specs, quantize
     from hqqplus.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -30,7 +31,11 @@ _HOMES = {
     "QuantPlan": "hqqplus.quantization",
     "QuantSpec": "hqqplus.quantization",
     "Recipe": "hqqplus.recipe",
+    "allocate": "hqqplus.allocation",
+    "candidate_specs": "hqqplus.quantization",
+    "describe_plan": "hqqplus.allocation",
     "export": "hqqplus.models",
+    "hybrid_plan": "hqqplus.allocation",
     "load": "hqqplus.models",
     "load_recipe": "hqqplus.recipe",
     "quantize": "hqqplus.quantization",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,45 +50,86 @@ def validate(recipe: Annotated[Path, typer.Argument(help="a YAML file")], overri
 @app.command()
 def quantize(
     model: Model,
-    output: Output,
+    out: Annotated[Path, typer.Option("--out", help="folder to write")],
     nbits: Annotated[int, typer.Option(help="bits per weight: 1, 2, 3, 4 or 8")] = 2,
-    group_size: Annotated[int, typer.Option(help="weights that share a scale: 8 to 256, or -1 for a whole row")] = 64,
+    group_size: Annotated[int, typer.Option(help="weights that share a scale: 8 to 256, or -1 for a whole row")] = 32,
     axis: Annotated[int, typer.Option(help="1: groups along the input; 0: along the output")] = 1,
     override: Annotated[
         list[str] | None,
         typer.Option(help="PATTERN=BITS or PATTERN=BITS:GROUP, e.g. lm_head=8 or '*.down_proj=4:32'"),
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="name pattern of modules to leave in full precision")] = None,
+    metadata_bits: Annotated[int, typer.Option(help="bits of a group's scale and of its offset: 8 or 16")] = 8,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            help="bits per weight in all: share bits and group sizes out by layer; --nbits does not count then"
+        ),
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="with --target-bpw: load the model and ask it")] = False,
+    embeddings: Annotated[int | None, typer.Option(help="bits of embedding and head: 8 or 4")] = None,
+    edge_blocks: Annotated[int | None, typer.Option(help="bits at least for the first and the last block")] = None,
+    down_proj: Annotated[int | None, typer.Option(help="bits at least for the MLPs' down projections")] = None,
+    gain: Annotated[float, typer.Option(help="exponent of the row gain, 0 to 1")] = 0.0,
+    lp_norm: Annotated[float, typer.Option(help="2: least squares; below 1: a robust norm")] = 2.0,
     revision: Revision = None,
-    dtype: Dtype = "auto",
+    dtype: Annotated[str, typer.Option(help="of what is not packed: auto (the checkpoint's), bfloat16, ...")] = "auto",
     device: Device = None,
     trust_remote_code: Trust = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no table, only the last line")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="a summary in JSON on stdout, and nothing else")] = False,
 ) -> None:
-    """Quantize a model, shard by shard, and write it packed."""
+    """Quantize a model, layer by layer, and write it packed; again to continue after an interruption."""
+    from hqqplus.allocation import refine_plan
+    from hqqplus.evaluation.layers import print_layers, totals_sentence
     from hqqplus.evaluation.report import environment
     from hqqplus.integrations.transformers import HqqPlusConfig
-    from hqqplus.models import quantize_folder
-    from hqqplus.modules import bits_per_weight, model_bytes
+    from hqqplus.streaming import quantize_checkpoint
 
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise UserError(f"{output}: exists already and is not empty: name another folder")
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UserError(f"{out}: exists already and is not empty: name another folder")
     changes = dict(_override(text) for text in override or [])
     try:
-        config = HqqPlusConfig(nbits, group_size, axis, overrides=changes, modules_to_not_convert=skip or None)
+        config = HqqPlusConfig(
+            nbits,
+            group_size,
+            axis,
+            metadata_bits=metadata_bits,
+            overrides=changes,
+            modules_to_not_convert=skip or None,
+            solver={"lp_norm": lp_norm, "gain": gain},
+        )
     except (ValueError, TypeError) as error:
         raise UserError(f"quantize: {error}") from None
-    packed = quantize_folder(
+    plan = refine_plan(
         model,
-        output,
+        config.plan(),
+        target_bpw=target_bpw,
+        ask=probe,
+        embeddings=embeddings,
+        edge_blocks=edge_blocks,
+        down_proj=down_proj,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    config = HqqPlusConfig.from_plan(plan)
+    made = quantize_checkpoint(
+        model,
+        out,
         config,
         revision=revision,
         dtype="checkpoint" if dtype == "auto" else _dtype(dtype),
         device=device,
         trust_remote_code=trust_remote_code,
         versions=environment(),
+        quiet=quiet or as_json,
     )
-    size = model_bytes(packed) / 1e6
-    typer.echo(f"{output}: {bits_per_weight(packed):.3f} bits per weight in the packed layers, {size:.1f} MB in all")
+    if as_json:
+        typer.echo(json.dumps(made.to_json(), indent=2))
+        return
+    if not quiet:
+        print_layers(made.layers)
+    typer.echo(f"{out}: {totals_sentence(made.layers)}")
 
 
 @app.command()

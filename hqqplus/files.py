@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,13 @@ from typing import Any
 
 from hqqplus.errors import UserError
 
+# What errno says, in words, where a disk takes no more: full, quota used up, file too large for it.
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is too large for it",
+}
+
 
 def check_output(path: str | Path, where: str) -> None:
     """Refuse, before hours of work, a folder that could not be written after them.
@@ -19,13 +27,51 @@ def check_output(path: str | Path, where: str) -> None:
     Raises:
         UserError: if `path` or a folder above it is a file, or may not be written to.
     """
-    above = Path(path).absolute()
-    while not above.exists():
-        above = above.parent
+    above = _existing(path)
     if not above.is_dir():
         raise UserError(f"{where}: {path}: {above} is a file, a folder is needed")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{where}: {path}: {above} may not be written to")
+
+
+def _existing(path: str | Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    above = Path(path).absolute()
+    while not above.exists():
+        above = above.parent
+    return above
+
+
+def check_space(path: str | Path, needed: int, where: str) -> None:
+    """Refuse, before hours of work, what would not fit on the disk of `path`. `needed` is in bytes.
+
+    Raises:
+        UserError: with the bytes that are needed and those that are free.
+    """
+    free = shutil.disk_usage(_existing(path)).free
+    if needed > free:
+        raise UserError(f"{where}: {path}: {needed:,} bytes are needed on that disk, {free:,} are free")
+
+
+@contextmanager
+def full_disk(path: str | Path, where: str, advice: str = "make room and run it again") -> Iterator[None]:
+    """Turn what a full disk raises into a `UserError` of one sentence; other errors pass.
+
+    Raises:
+        UserError: as said.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # safetensors reports the system's errors as a text of its own.
+        text = next((t for n, t in _FULL.items() if number == n or f"(os error {n})" in str(error)), None)
+        if text is None:
+            raise
+        free = shutil.disk_usage(_existing(path)).free
+        raise UserError(f"{where}: {path}: {text} ({free:,} bytes are free): {advice}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -63,16 +109,46 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, old)
-            try:
-                os.replace(temporary, path)
-            except BaseException:
-                os.replace(old, path)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        move_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename folder `source` to `target` on the same disk; what stood at `target` goes only once that is done."""
+    if not target.exists():
+        os.replace(source, target)
+        return
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    os.replace(target, old)
+    try:
+        os.replace(source, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+@contextmanager
+def locked_folder(path: str | Path, where: str) -> Iterator[None]:
+    """Hold `path`, a folder, for this process alone; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{where}: {path}: another process is at work there") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)

@@ -20,7 +20,7 @@ import torch
 from hqqplus.adapters.fingerprint import Fingerprint, check_base, packed_sha256
 from hqqplus.embedded import MODEL_DIR, MODEL_NAME
 from hqqplus.errors import UserError
-from hqqplus.files import check_output, replacing_folder
+from hqqplus.files import check_output, replacing_folder, write_text
 
 if TYPE_CHECKING:
     from hqqplus.integrations.transformers import HqqPlusConfig
@@ -41,7 +41,7 @@ def check_folder(name: str, where: str) -> None:
         UserError: if the path does not exist, or lacks `config.json` or weights.
     """
     path = Path(resolve_name(name))
-    if not _is_local(name, where):
+    if not is_local(name, where):
         return
     if not (path / "config.json").is_file():
         raise UserError(f"{where}: {name}: this folder holds no model (no config.json)")
@@ -49,7 +49,7 @@ def check_folder(name: str, where: str) -> None:
         raise UserError(f"{where}: {name}: this folder holds no weights (no *.safetensors)")
 
 
-def _is_local(name: str, where: str) -> bool:
+def is_local(name: str, where: str) -> bool:
     """Whether `name` is a folder; False for what can only be a hub id."""
     path = Path(resolve_name(name))
     if path.is_dir():
@@ -62,7 +62,7 @@ def _is_local(name: str, where: str) -> bool:
 
 
 @contextmanager
-def _one_sentence(name: str, where: str) -> Iterator[None]:
+def one_sentence(name: str, where: str) -> Iterator[None]:
     """Turn what transformers raises for a bad checkpoint into a `UserError` of one sentence."""
     from safetensors import SafetensorError
 
@@ -167,7 +167,7 @@ def load_causal_lm(
 
     check_folder(name, where)
     device = pick_device(device)
-    torch_dtype = None if dtype == "checkpoint" else _compute_dtype(dtype, device, where)
+    torch_dtype = None if dtype == "checkpoint" else compute_dtype(dtype, device, where)
     as_stored = torch_dtype is None or quantization is not None
     arguments: dict[str, Any] = {"dtype": "auto" if as_stored else torch_dtype, "trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -178,7 +178,7 @@ def load_causal_lm(
         arguments["quantization_config"] = quantization
     if device.type != "cpu":
         arguments["device_map"] = {"": device}
-    with _one_sentence(name, where), _load_report():
+    with one_sentence(name, where), _load_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_name(name), use_safetensors=True, output_loading_info=True, **arguments
         )
@@ -192,7 +192,12 @@ def load_causal_lm(
     return model
 
 
-def _compute_dtype(dtype: str | torch.dtype, device: torch.device, where: str) -> torch.dtype:
+def compute_dtype(dtype: str | torch.dtype, device: torch.device, where: str) -> torch.dtype:
+    """`dtype`, which may be a name or "auto", as one of torch's.
+
+    Raises:
+        UserError: if torch has no such dtype.
+    """
     found = (
         default_dtype(device) if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     )
@@ -211,8 +216,8 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    _is_local(name, where)
-    with _one_sentence(f"{name}: the tokenizer", where):
+    is_local(name, where)
+    with one_sentence(f"{name}: the tokenizer", where):
         arguments = {"revision": revision} if revision is not None else {}
         tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code, **arguments)
     if tokenizer.pad_token is None:
@@ -316,25 +321,25 @@ def put_adapter(model: Any, adapter: str | Path, check: bool = True) -> Any:
 
     if check:
         check_base(model, adapter)
-    with _one_sentence(str(adapter), "adapter"):
+    with one_sentence(str(adapter), "adapter"):
         return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
-def fingerprint_of(model: Any, base: str, revision: str | None, versions: dict[str, str]) -> Fingerprint:
-    """The fingerprint of quantized `model`, which was loaded from `base`."""
+def fingerprint_of(
+    model: Any, base: str, revision: str | None, versions: dict[str, str], sha256: str | None = None
+) -> Fingerprint:
+    """The fingerprint of quantized `model`, which was loaded from `base`. `sha256` is `packed_sha256` where known."""
     config = model.config.quantization_config
     commit = revision or getattr(model.config, "_commit_hash", None)
     quantization = {k: v for k, v in config.to_dict().items() if k != "quant_method"}
-    return Fingerprint(base, commit, packed_sha256(model), quantization, versions)
+    return Fingerprint(base, commit, sha256 or packed_sha256(model), quantization, versions)
 
 
-def save_packed(model: Any, tokenizer: Any, folder: str | Path, fingerprint: Fingerprint) -> None:
-    """Write packed safetensors, tokenizer, fingerprint and a card to `folder`, all of it or nothing."""
-    with replacing_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        fingerprint.write(temporary)
-        (temporary / "README.md").write_text(_PACKED_CARD.format(what=fingerprint.describe()), encoding="utf-8")
+def write_companions(folder: Path, tokenizer: Any, fingerprint: Fingerprint) -> None:
+    """Write what lies beside the tensors of a packed model: the tokenizer, the fingerprint, a card."""
+    tokenizer.save_pretrained(folder)
+    fingerprint.write(folder)
+    write_text(folder / "README.md", _PACKED_CARD.format(what=fingerprint.describe()))
 
 
 def quantize_folder(
@@ -349,21 +354,19 @@ def quantize_folder(
     versions: dict[str, str] | None = None,
     where: str = "model",
 ) -> Any:
-    """Quantize model `name` while loading it and write the packed model to `output`. Returns the model.
+    """Quantize model `name`, write the packed model to `output` and return it: `hqqplus.streaming`, then loaded.
 
-    What is not packed is written in `dtype`, by default that of the checkpoint.
+    What is not packed is written in `dtype`, by default that of the checkpoint. An interrupted call is continued by
+    the same call; `output` is replaced, if it exists, once all is written.
 
     Raises:
-        UserError: if the model cannot be read, or is packed already.
+        UserError: if the model cannot be read, is packed already, or does not fit on the disk.
     """
-    check_output(output, "output")
-    if is_packed(name):
-        raise UserError(f"model: {name}: this model is packed already; quantize its parent")
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "where": where}
-    tokenizer = load_tokenizer(name, **options)
-    model = load_causal_lm(name, quantization=quantization, dtype=dtype, device=device, **options)
-    save_packed(model, tokenizer, output, fingerprint_of(model, name, revision, versions or {}))
-    return model
+    from hqqplus.streaming import quantize_checkpoint
+
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "where": where}
+    quantize_checkpoint(name, output, quantization, revision=revision, dtype=dtype, versions=versions, **options)
+    return load_causal_lm(str(output), dtype="checkpoint", **options)
 
 
 def export(
@@ -409,8 +412,8 @@ def parent_weights(name: str, revision: str | None = None) -> Callable[[str], to
     from safetensors import safe_open
 
     where, folder, files = "the parent", Path(resolve_name(name)), {}
-    with _one_sentence(name, where):
-        if not _is_local(name, where):
+    with one_sentence(name, where):
+        if not is_local(name, where):
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))

@@ -42,7 +42,8 @@ TRACKERS = (
 )  # fmt: skip
 """What transformers can report to."""
 
-SPEC_FIELDS = ("nbits", "group_size", "axis", "metadata_dtype")
+SPEC_FIELDS = ("nbits", "group_size", "axis", "metadata_dtype", "metadata_bits")
+SOLVER_FIELDS = ("lp_norm", "threshold", "gain")
 REQUIRED = "missing, and it is required"
 EMPTY = "empty; a name is needed"
 FORMS = "exactly one of text_field, prompt + completion, and messages"
@@ -101,16 +102,20 @@ def _checked(problems: Callable[[Any], Iterable[tuple[Key, str]]], make: Callabl
 
 
 def _spec_problem(name: str, value: Any) -> str | None:
-    """Why `value` cannot be field `name` of a QuantSpec."""
-    needed, kind = ("a string", str) if name == "metadata_dtype" else ("an integer", int)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        return wrong_type(value, needed)
+    """Why `value` cannot be field `name` of a QuantSpec, or of SolverOptions."""
+    needed: tuple[str, Any] = ("an integer", int)
+    if name == "metadata_dtype":
+        needed = ("a string", str)
+    elif name in SOLVER_FIELDS:
+        needed = ("a number", int | float)
+    if not isinstance(value, needed[1]) or isinstance(value, bool):
+        return wrong_type(value, needed[0])
     # Importing the spec imports torch, so only once there is something to check. It owns the rules.
-    from hqqplus.quantization.spec import METADATA_DTYPES, QuantSpec
+    from hqqplus.quantization.spec import METADATA_DTYPES, QuantSpec, SolverOptions
 
     field: dict[str, Any] = {name: value}
     try:
-        QuantSpec(**field)
+        SolverOptions(**field) if name in SOLVER_FIELDS else QuantSpec(**field)
     except (ValueError, TypeError) as error:
         rule = str(error).removeprefix(f"{name} is {value!r}: ")
         return f"{shown(value)} is not allowed: {rule}{did_you_mean(value, METADATA_DTYPES)}"
@@ -263,23 +268,28 @@ class Model(Section):
 
 
 class Quantization(Section):
-    """How the backbone is packed; `QuantSpec` and `QuantPlan` say what the fields mean and allow."""
+    """How the backbone is packed; `QuantSpec`, `QuantPlan`, `SolverOptions` say what the fields mean and allow."""
 
     nbits: Annotated[int, BeforeValidator(_spec_value)] = 2
-    group_size: Annotated[int, BeforeValidator(_spec_value)] = 64
+    group_size: Annotated[int, BeforeValidator(_spec_value)] = 32
     axis: Annotated[int, BeforeValidator(_spec_value)] = 1
     metadata_dtype: Annotated[str, BeforeValidator(_spec_value)] = "float16"
+    metadata_bits: Annotated[int, BeforeValidator(_spec_value)] = 8
     overrides: PatternFields = FrozenMapping()
     skip: Names = ()
+    lp_norm: Annotated[float, BeforeValidator(_spec_value)] = 2.0
+    threshold: Annotated[float, BeforeValidator(_spec_value)] = 0.5
+    gain: Annotated[float, BeforeValidator(_spec_value)] = 0.0
     save_to: Name | None = None
 
     def plan(self) -> QuantPlan:
         """The plan that the quantizer takes. Imports torch."""
-        from hqqplus.quantization.spec import QuantPlan, QuantSpec
+        from hqqplus.quantization.spec import QuantPlan, QuantSpec, SolverOptions
 
         overrides = {pattern: dict(changes) for pattern, changes in self.overrides.items()}
-        spec = QuantSpec(self.nbits, self.group_size, self.axis, self.metadata_dtype)
-        return QuantPlan(default=spec, overrides=overrides, skip=self.skip)
+        spec = QuantSpec(**{name: getattr(self, name) for name in SPEC_FIELDS})
+        solver = SolverOptions(**{name: getattr(self, name) for name in SOLVER_FIELDS})
+        return QuantPlan(default=spec, overrides=overrides, skip=self.skip, solver=solver)
 
 
 class Adapter(Section):
@@ -477,7 +487,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a `to_dict` that decides which weights a run ends with."""
     kept = {name: value for name, value in values.items() if name not in ("output_dir", "tracking", "evaluation")}
-    kept["quantization"] = {name: v for name, v in kept.get("quantization", {}).items() if name != "save_to"}
+    quantization = kept.get("quantization", {}).items()
+    kept["quantization"] = {name: value for name, value in quantization if name != "save_to"}
     training = kept.get("training", {}).items()
     kept["training"] = {name: value for name, value in training if not name.startswith(WITHOUT_EFFECT)}
     return kept

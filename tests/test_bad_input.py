@@ -35,7 +35,9 @@ def made(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     parent = folder / "parent"
     shutil.copytree(random_model("llama"), parent)
     for bits in (2, 4):
-        model = models.quantize_folder(str(parent), folder / f"packed{bits}", HqqPlusConfig(bits, 32))
+        model = models.quantize_folder(
+            str(parent), folder / f"packed{bits}", HqqPlusConfig(bits, 32, metadata_bits=16)
+        )
     model = models.load(folder / "packed2").requires_grad_(False)
     fingerprint = Fingerprint.read(folder / "packed2")
     assert fingerprint is not None
@@ -113,7 +115,7 @@ def recipe(work: Path, made: SimpleNamespace) -> Callable[..., Path]:
     def write(**changes: dict[str, Any] | Any) -> Path:
         values: dict[str, Any] = {
             "model": {"name_or_path": str(made.parent)},
-            "quantization": {"nbits": 2, "group_size": 32},
+            "quantization": {"nbits": 2, "group_size": 32, "metadata_bits": 16},
             "adapter": {"r": 2},
             "data": {"path_or_name": str(made.rows), "max_length": 16},
             "training": {"max_steps": 1, "learning_rate": 1e-3, "use_cpu": True},
@@ -383,7 +385,7 @@ def test_models_of_the_other_verbs(
     damage(folder)
     runs: list[tuple[Any, ...]] = [("evaluate", folder, made.rows), ("export", folder, work / "out")]
     if kind == "parent":
-        runs.append(("quantize", folder, work / "out"))
+        runs.append(("quantize", folder, "--out", work / "out"))
     for arguments in runs:
         (line,) = refused(*arguments)
         assert line.startswith(f"model: {folder}: ")
@@ -403,7 +405,7 @@ def test_an_adapter_on_another_base(
         parent = copy(made.parent, work / "parent")
         tensors = {name: -tensor for name, tensor in load_file(parent / "model.safetensors").items()}
         save_file(tensors, parent / "model.safetensors", metadata={"format": "pt"})
-        models.quantize_folder(str(parent), work / "packed", HqqPlusConfig(2, 32))
+        models.quantize_folder(str(parent), work / "packed", HqqPlusConfig(2, 32, metadata_bits=16))
         folder = work / "packed"
     last = work / "out" if verb == "export" else "a prompt"
     (line,) = refused(verb, folder, last, "--adapter", made.adapter)
@@ -492,7 +494,8 @@ def test_an_output_that_is_there_already(
     else:
         precious.write_text("precious")
     model = made.parent if verb == "quantize" else made.packed2
-    (line,) = refused(verb, model, precious)
+    out = ("--out", precious) if verb == "quantize" else (precious,)
+    (line,) = refused(verb, model, *out)
     assert line.startswith(f"{precious}: exists already")
 
 
@@ -510,17 +513,18 @@ def test_an_output_that_is_there_already(
         (["--skip", "*"], "no linear layer to quantize"),
         (["--dtype", "bf16"], "--dtype: 'bf16' is not one of auto, bfloat16, float16, float32"),
         (["--device", "gpu"], "device: 'gpu' is none of torch's"),
+        (["--metadata-bits", 4], "metadata_bits is 4: it must be 8 or 16"),
     ],
 )
 def test_options_of_quantize(
     made: SimpleNamespace, work: Path, refused: Callable[..., list[str]], options: list[Any], message: str
 ) -> None:
-    (line,) = refused("quantize", made.parent, work / "out", *options)
+    (line,) = refused("quantize", made.parent, "--out", work / "out", *options)
     assert message in line
 
 
 def test_packing_what_is_packed(made: SimpleNamespace, work: Path, refused: Callable[..., list[str]]) -> None:
-    (line,) = refused("quantize", made.packed2, work / "out")
+    (line,) = refused("quantize", made.packed2, "--out", work / "out")
     assert line == f"model: {made.packed2}: this model is packed already; quantize its parent"
 
 
@@ -532,7 +536,7 @@ def test_packing_what_is_not_finite(
     tensors = load_file(parent / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = bad
     save_file(tensors, parent / "model.safetensors", metadata={"format": "pt"})
-    (line,) = refused("quantize", parent, work / "out")
+    (line,) = refused("quantize", parent, "--out", work / "out")
     assert line.startswith(f"model: {parent}: model.layers.1.mlp.up_proj.weight: ")
     assert "NaN or infinite" in line
 

@@ -24,11 +24,13 @@ from typer.testing import CliRunner
 import hqqplus
 from hqqplus import cli, models
 from hqqplus.adapters import Fingerprint, round_adapter, ship_adapter
+from hqqplus.errors import UserError
 from hqqplus.evaluation.perplexity import make_windows, perplexity
 from hqqplus.modules import packed_modules
 
 IDS = torch.arange(3, 35).view(1, -1)
 TEXTS = ["once upon a time", "there was a model", "of very few bits"]
+GROUPS = ("--group-size", 32, "--metadata-bits", 16)
 VERBS = ("train", "validate", "quantize", "evaluate", "generate", "export", "env")
 
 
@@ -50,7 +52,7 @@ def run(*arguments: Any) -> str:
 def made(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A parent, what the command line packed it to, an adapter on that, and texts."""
     folder, parent = tmp_path_factory.mktemp("cli"), random_model("llama")
-    said = run("quantize", parent, folder / "packed", "--nbits", 2, "--group-size", 32)
+    said = run("quantize", parent, "--out", folder / "packed", "--nbits", 2, *GROUPS)
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(models.load(folder / "packed").requires_grad_(False), config).eval()
@@ -103,7 +105,9 @@ def test_every_verb_has_help() -> None:
 
 
 def test_quantize_says_what_it_wrote(made: SimpleNamespace) -> None:
-    assert re.fullmatch(rf"{made.packed}: 3\.000 bits per weight .*, \d+\.\d MB in all\n", made.said)
+    *table, last = made.said.splitlines()
+    assert re.fullmatch(rf"{made.packed}: 3\.000 bits per weight .*, mean NMSE 0\.\d+, \d+\.\d MB in all", last)
+    assert len([line for line in table if re.search(r" model\.layers\.\d\.\S+_proj +2-bit g32 +3\.00 ", line)]) == 14
     model = hqqplus.load(made.packed)
     assert len(packed_modules(model)) == 14
     assert {(m.spec.nbits, m.spec.group_size) for m in packed_modules(model).values()} == {(2, 32)}
@@ -112,9 +116,15 @@ def test_quantize_says_what_it_wrote(made: SimpleNamespace) -> None:
     assert "torch" in fingerprint.versions
 
 
+def test_the_defaults_are_those_of_the_configuration(made: SimpleNamespace, tmp_path: Path) -> None:
+    run("quantize", made.parent, "--out", tmp_path / "out", "--quiet")
+    config = hqqplus.load(tmp_path / "out").config.quantization_config
+    assert config.to_dict() == hqqplus.HqqPlusConfig().to_dict()
+
+
 def test_quantize_with_overrides_and_skips(made: SimpleNamespace, tmp_path: Path) -> None:
     run(
-        "quantize", made.parent, tmp_path / "out", "--nbits", 1, "--group-size", 16,
+        "quantize", made.parent, "--out", tmp_path / "out", "--nbits", 1, "--group-size", 16,
         "--override", "lm_head=8", "--override", "*.down_proj=4:32", "--skip", "*.layers.0.*", "--skip", "o_proj",
     )  # fmt: skip
     specs = {
@@ -129,17 +139,98 @@ def test_quantize_with_overrides_and_skips(made: SimpleNamespace, tmp_path: Path
     }
 
 
+def test_quantize_to_a_size(made: SimpleNamespace, tmp_path: Path) -> None:
+    run(
+        "quantize",
+        made.parent,
+        "--out",
+        tmp_path / "out",
+        "--target-bpw",
+        3,
+        "--override",
+        "*.1.*.q_proj=4:16",
+        "--quiet",
+    )
+    model = hqqplus.load(tmp_path / "out")
+    specs = {name: module.spec for name, module in packed_modules(model).items()}
+    assert (specs["model.layers.1.self_attn.q_proj"].nbits, specs["model.layers.1.self_attn.q_proj"].group_size) == (
+        4,
+        16,
+    )
+    assert len({spec.nbits for spec in specs.values()}) > 1
+    rest = [m for name, m in packed_modules(model).items() if not name.endswith("1.self_attn.q_proj")]
+    weights = sum(m.in_features * m.out_features for m in rest)
+    assert 2.2 < sum(8 * m.packed_bytes for m in rest) / weights <= 3.1  # one layer of the plan is overridden
+
+
+def test_quantize_with_a_hybrid_plan(made: SimpleNamespace, tmp_path: Path) -> None:
+    run(
+        "quantize", made.parent, "--out", tmp_path / "out",
+        "--embeddings", 8, "--down-proj", 4, "--gain", 0.5, "--quiet",
+    )  # fmt: skip
+    model = hqqplus.load(tmp_path / "out")
+    bits = {name: module.spec.nbits for name, module in packed_modules(model).items()}
+    assert bits["model.embed_tokens"] == bits["lm_head"] == 8
+    assert {bits[f"model.layers.{i}.mlp.down_proj"] for i in (0, 1)} == {4}
+    assert bits["model.layers.0.mlp.up_proj"] == 2
+    assert model.config.quantization_config.plan().solver.gain == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target-bpw", 0.5], r"target_bpw is 0\.5: with these candidates the model takes"),
+        (["--embeddings", 3], "embeddings is 3: it must be 8, 4 or None"),
+        (["--gain", 2], r"quantize: gain is 2\.0: it must be between 0 and 1"),
+        (["--lp-norm", 1.5], r"quantize: lp_norm is 1\.5: it must be 2"),
+    ],
+)
+def test_quantize_refuses_bad_plans(made: SimpleNamespace, tmp_path: Path, arguments: list[Any], said: str) -> None:
+    arguments = ["quantize", str(made.parent), "--out", str(tmp_path / "out"), *map(str, arguments)]
+    with pytest.raises(UserError, match=said):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert not any(tmp_path.iterdir())
+
+
 def test_quantize_along_the_output_in_whole_rows(made: SimpleNamespace, tmp_path: Path) -> None:
-    run("quantize", made.parent, tmp_path / "out", "--axis", 0, "--group-size", -1, "--dtype", "bfloat16")
+    run("quantize", made.parent, "--out", tmp_path / "out", "--axis", 0, "--group-size", -1, "--dtype", "bfloat16")
     specs = {module.spec for module in packed_modules(hqqplus.load(tmp_path / "out")).values()}
     assert {(spec.nbits, spec.group_size, spec.axis) for spec in specs} == {(2, -1, 0)}
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors["model.norm.weight"].dtype == torch.bfloat16
 
 
+def test_quantize_quietly(made: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    said = run("quantize", made.parent, "--out", tmp_path / "out", "--group-size", 64, "--quiet")
+    assert re.fullmatch(rf"{tmp_path}/out: 2\.\d+ bits per weight .* MB in all\n", said)
+    assert capfd.readouterr() == ("", "")
+    specs = {module.spec for module in packed_modules(hqqplus.load(tmp_path / "out")).values()}
+    assert {(spec.nbits, spec.group_size, spec.metadata_bits) for spec in specs} == {(2, 64, 8)}
+
+
+def test_quantize_for_programs(made: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    values = json.loads(run("quantize", made.parent, "--out", tmp_path / "out", *GROUPS, "--json"))
+    assert capfd.readouterr() == ("", "")
+    fingerprint = Fingerprint.read(tmp_path / "out")
+    assert fingerprint is not None
+    assert values["output"] == str(tmp_path / "out")
+    assert values["packed_sha256"] == fingerprint.packed_sha256
+    assert values["packed_layers"] == 14
+    assert values["bits_per_weight"] == 3.0
+    assert values["total_bytes"] == sum(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())
+
+
+def test_quantize_with_no_linear_layer_is_still_json(made: SimpleNamespace, tmp_path: Path) -> None:
+    only = ["--override", "embed_tokens=8", "--skip", "*_proj"]
+    text = run("quantize", made.parent, "--out", tmp_path / "out", *only, "--json")
+    assert json.loads(text)["bits_per_weight"] is None
+
+
 def test_quantize_fills_an_empty_folder(made: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    run("quantize", made.parent, tmp_path / "out", "--group-size", 32)
+    run("quantize", made.parent, "--out", tmp_path / "out", *GROUPS)
     assert torch.equal(hqqplus.load(tmp_path / "out")(IDS).logits, hqqplus.load(made.packed)(IDS).logits)
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hqqplus import files
 from hqqplus.errors import UserError
-from hqqplus.files import check_output, replacing, replacing_folder, write_json, write_text
+from hqqplus.files import (
+    check_output,
+    check_space,
+    full_disk,
+    locked_folder,
+    move_folder,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_text,
+)
 
 
 class Broken(Exception):
@@ -158,3 +172,69 @@ def test_a_protected_output_is_refused_early(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="may not be written to"):
         check_output(tmp_path / "out", "output_dir")
+
+
+def test_a_disk_without_room_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(Path(path))
+        return SimpleNamespace(free=12345678)
+
+    monkeypatch.setattr(files.shutil, "disk_usage", usage)
+    check_space(tmp_path / "not" / "yet", 12345678, "output")
+    with pytest.raises(UserError) as caught:
+        check_space(tmp_path / "not" / "yet", 12345679, "output")
+    free = "12,345,679 bytes are needed on that disk, 12,345,678 are free"
+    assert str(caught.value) == f"output: {tmp_path / 'not' / 'yet'}: {free}"
+    assert asked == [tmp_path, tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "x"), "the disk is full"),
+        (OSError(errno.EDQUOT, "x"), "the disk quota is used up"),
+        (OSError(errno.EFBIG, "x"), "a file is too large for it"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    ],
+)
+def test_a_full_disk_is_one_sentence(tmp_path: Path, error: Exception, text: str) -> None:
+    with (
+        pytest.raises(UserError, match=rf"^output: {tmp_path}: {text} \([\d,]+ bytes are free\): buy another$"),
+        full_disk(tmp_path, "output", "buy another"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), UserError("(os error 28)"), RuntimeError("x")])
+def test_other_errors_are_what_they_were(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, full_disk(tmp_path, "output"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("there", [None, "file", "empty", "full"])
+def test_a_folder_is_moved_over_what_is_there(tmp_path: Path, there: str | None) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "new.txt").write_text("new")
+    if there == "file":
+        target.write_text("old")
+    elif there is not None:
+        target.mkdir()
+        if there == "full":
+            (target / "old.txt").write_text("old")
+    move_folder(source, target)
+    assert tree(tmp_path) == {"target": None, "target/new.txt": "new"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks there")
+def test_a_folder_has_one_holder(tmp_path: Path, run_python: Callable[..., Any]) -> None:
+    take = f"from hqqplus.files import locked_folder\nwith locked_folder({str(tmp_path)!r}, 'output'): print('held')"
+    with locked_folder(tmp_path, "output"):
+        with pytest.raises(UserError, match="another process is at work there"), locked_folder(tmp_path, "output"):
+            pass
+        assert "another process is at work there" in run_python("-c", take, check=False).stderr
+    assert run_python("-c", take).stdout == "held\n"
+    assert tree(tmp_path) == {}

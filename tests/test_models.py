@@ -335,7 +335,7 @@ def test_an_export_that_fails_leaves_nothing(
 def test_a_packed_folder_says_where_it_comes_from(made: SimpleNamespace) -> None:
     assert made.fingerprint.base == str(made.parent)
     assert {"nbits", "group_size", "overrides"} <= made.fingerprint.quantization.keys()
-    assert {key: made.fingerprint.quantization[key] for key in CONFIG} == CONFIG
+    assert HqqPlusConfig(**made.fingerprint.quantization).plan() == HqqPlusConfig(**CONFIG).plan()
     assert models.is_packed(str(made.packed))
     assert not models.is_packed(str(made.parent))
     card = (made.packed / "README.md").read_text()

@@ -43,11 +43,15 @@ def test_defaults(tmp_path: Path) -> None:
         },
         "quantization": {
             "nbits": 2,
-            "group_size": 64,
+            "group_size": 32,
             "axis": 1,
             "metadata_dtype": "float16",
+            "metadata_bits": 8,
             "overrides": {},
             "skip": [],
+            "lp_norm": 2.0,
+            "threshold": 0.5,
+            "gain": 0.0,
             "save_to": None,
         },
         "adapter": {
@@ -96,11 +100,14 @@ quantization:
   group_size: -1
   axis: 0
   metadata_dtype: bfloat16
+  metadata_bits: 8
   overrides:
     "*.down_proj": {nbits: 4, group_size: 32}
     model.embed_tokens: {nbits: 8}
     0: {axis: 1}
   skip: [lm_head, "*.layers.0.*"]
+  lp_norm: 0.7
+  gain: 0.5
   save_to: packed
 adapter: {r: 4, lora_alpha: 8.5, lora_dropout: 0, target_modules: [q_proj, v_proj], init: default, use_dora: true}
 data: {path_or_name: d.jsonl, prompt: question, completion: answer, max_length: 8, packing: TRUE, eos: False}
@@ -157,7 +164,7 @@ def test_plan(tmp_path: Path) -> None:
     from hqqplus.quantization.spec import QuantSpec
 
     plan = load_recipe(write(tmp_path, FULL)).quantization.plan()
-    assert plan.default == QuantSpec(nbits=1, group_size=-1, axis=0, metadata_dtype="bfloat16")
+    assert plan.default == QuantSpec(nbits=1, group_size=-1, axis=0, metadata_dtype="bfloat16", metadata_bits=8)
     assert plan.spec_for("model.layers.1.mlp.down_proj") == plan.default.replace(nbits=4, group_size=32)
     assert plan.override_for("model.embed_tokens") == plan.default.replace(nbits=8)
     assert list(plan.overrides) == ["*.down_proj", "model.embed_tokens", "0"]
@@ -279,7 +286,7 @@ seed: true
         "recipe.yaml:4: model.dtype: 'fp16' is not one of auto, bfloat16, float16, float32; did you mean float16?",
         "recipe.yaml:7: quantization.nbits: 5 is not allowed: it must be one of 1, 2, 3, 4, 8",
         "recipe.yaml:8: quantization.group_size: 12 is not allowed: it must be a multiple of 8 from 8 to 256, or -1 for the whole row",
-        'recipe.yaml:10: quantization.overrides["model.embed_tokens"].group_sise: unknown key; did you mean group_size? (allowed: nbits, group_size, axis, metadata_dtype)',
+        'recipe.yaml:10: quantization.overrides["model.embed_tokens"].group_sise: unknown key; did you mean group_size? (allowed: nbits, group_size, axis, metadata_dtype, metadata_bits)',
         'recipe.yaml:12: quantization.overrides["*.down"].nbits: 4.0 is a float; an integer is needed',
         'recipe.yaml:13: quantization.overrides["*.down"].axis: 2 is not allowed: it must be 0 or 1',
         "recipe.yaml:14: quantization.skip: 'lm_head' is a string; a list is needed",
@@ -316,8 +323,10 @@ seed: true
         ("quantization", "axis: -1", "axis: -1 is not allowed: it must be 0 or 1"),
         ("quantization", "metadata_dtype: float_16", "metadata_dtype: 'float_16' is not allowed: it must be one of float16, bfloat16; did you mean float16?"),
         ("quantization", "metadata_dtype: 16", "metadata_dtype: 16 is an integer; a string is needed, so put it in quotes"),
+        ("quantization", "metadata_bits: 4", "metadata_bits: 4 is not allowed: it must be 8 or 16"),
+        ("quantization", "metadata_bits: '8'", "metadata_bits: '8' is a string; an integer is needed, so leave the quotes away"),
         ("quantization", "overrides: [lm_head]", "overrides: ['lm_head'] is a list; a mapping of name patterns to the fields that differ there is needed"),
-        ("quantization", "overrides: {lm_head: 8}", "overrides.lm_head: 8 is an integer; a mapping of nbits, group_size, axis, metadata_dtype is needed"),
+        ("quantization", "overrides: {lm_head: 8}", "overrides.lm_head: 8 is an integer; a mapping of nbits, group_size, axis, metadata_dtype, metadata_bits is needed"),
         ("quantization", "overrides: {lm_head: {nbits: 6}}", "overrides.lm_head.nbits: 6 is not allowed: it must be one of 1, 2, 3, 4, 8"),
         ("quantization", "skip: [1]", "skip[0]: 1 is an integer; a string is needed, so put it in quotes"),
         ("quantization", "skip: ['']", "skip[0]: empty; a name is needed"),
@@ -425,6 +434,7 @@ def test_digest_ignores_what_changes_no_weight(tmp_path: Path, override: str) ->
         ("data.max_length=9", "data.max_length: 8 -> 9"),
         ("seed=1", "seed: 16 -> 1"),
         ("quantization.nbits=2", "quantization.nbits: 1 -> 2"),
+        ("quantization.metadata_bits=16", "quantization.metadata_bits: 8 -> 16"),
         ("quantization.overrides.new.nbits=2", "quantization.overrides.new: not set -> {'nbits': 2}"),
         (
             "quantization.overrides={0: {axis: 1}, '*.down_proj': {nbits: 4, group_size: 32}, model.embed_tokens: {nbits: 8}}",
@@ -442,5 +452,5 @@ def test_digest_tells_runs_apart(tmp_path: Path, override: str, line: str) -> No
 def test_digest_is_the_same_everywhere(tmp_path: Path) -> None:
     # Checkpoints of earlier runs carry it: a change here makes them all belong to another recipe.
     recipe = load_recipe(write(tmp_path, SMALLEST))
-    assert recipe_digest(recipe)[:10] == "15ac5fcc39"
+    assert recipe_digest(recipe)[:10] == "42d29c967b"
     assert len(identity(to_dict(recipe))) == 6

@@ -342,6 +342,7 @@ specs = st.fixed_dictionaries(
         "group_size": st.one_of(st.just(-1), st.integers(1, 32).map(lambda n: 8 * n)),
         "axis": st.sampled_from([0, 1]),
         "metadata_dtype": st.sampled_from(["float16", "bfloat16"]),
+        "metadata_bits": st.sampled_from([8, 16]),
     },
 )
 numbers = st.floats(1e-9, 1e9)

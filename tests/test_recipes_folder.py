@@ -58,7 +58,7 @@ def test_llama_keeps_embedding_and_head_small() -> None:
         plan = load_recipe(FOLDER / f"llama3_8b_{bits}bit.yaml").quantization.plan()
         layer = plan.spec_for("model.layers.0.self_attn.q_proj")
         assert layer is not None
-        assert layer.bits_per_weight(4096, 4096) == bits + 32 / (32 if bits == 1 else 64)
+        assert layer.bits_per_weight(4096, 4096) == bits + 16.5 / 32
         for name in ("model.embed_tokens", "lm_head"):
             spec = plan.override_for(name)
             assert spec is not None

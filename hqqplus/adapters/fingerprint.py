@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hqqplus.errors import UserError
 from hqqplus.files import write_json
 from hqqplus.modules import packed_modules
-from hqqplus.quantization.tensor import STATE_NAMES
 
 FILE_NAME = "hqqplus.json"
 _FORMAT = 1
@@ -74,13 +74,12 @@ class Fingerprint:
             raise UserError(f"{path}: not a fingerprint of hqqplus ({', '.join(wrong)}: missing or of another type)")
         if fields["format"] != _FORMAT:
             raise UserError(f"{path}: its format is {fields['format']}, this hqqplus reads {_FORMAT}: update hqqplus")
-        return cls(**fields)
+        # Files of earlier versions know no metadata_bits: 16 is what they meant.
+        return cls(**{**fields, "quantization": {"metadata_bits": 16, **fields["quantization"]}})
 
     def describe(self) -> str:
         """`2-bit g64 of NAME (sha256 0123456789ab)`."""
-        group = self.quantization.get("group_size")
-        bits = f"{self.quantization.get('nbits')}-bit g{'row' if group == -1 else group}"
-        return f"{bits} of {self.base} (sha256 {self.packed_sha256[:12]})"
+        return f"{_bits(self.quantization)} of {self.base} (sha256 {self.packed_sha256[:12]})"
 
 
 def packed_sha256(model: nn.Module) -> str:
@@ -88,12 +87,18 @@ def packed_sha256(model: nn.Module) -> str:
 
     Only these: they are integers, so the hash does not depend on the dtype that the rest was loaded in.
     """
+    layers = sorted(packed_modules(model).items())
+    return sha256_of_layers((name, module.packed_parameters()) for name, module in layers)
+
+
+def sha256_of_layers(layers: Iterable[tuple[str, Mapping[str, Tensor]]]) -> str:
+    """`packed_sha256` of packed layers that come one at a time: (module name, its packed tensors by name), sorted."""
     digest = hashlib.sha256()
-    for name, module in sorted(packed_modules(model).items()):
-        for key in STATE_NAMES:
-            tensor = getattr(module, key).detach().cpu().contiguous()
+    for name, tensors in layers:
+        for key, packed in tensors.items():
+            tensor = packed.detach().cpu().contiguous()
             digest.update(f"{name}.{key}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -114,7 +119,7 @@ def check_base(model: nn.Module, adapter: str | Path) -> None:
         quantization = getattr(config, "quantization_config", None)
         bits, advice = "not quantized by hqqplus", "load it on the base it belongs to"
         if quantization is not None and hasattr(quantization, "nbits"):
-            bits = f"{quantization.nbits}-bit g{quantization.group_size} (sha256 {found[:12]})"
+            bits = f"{_bits(quantization.to_dict())} (sha256 {found[:12]})"
             if {**wanted.quantization, "quant_method": quantization.quant_method} == quantization.to_dict():
                 advice = (
                     "the same weights quantized in another dtype, or on another device, need not come out the same: "
@@ -123,3 +128,10 @@ def check_base(model: nn.Module, adapter: str | Path) -> None:
         raise UserError(
             f"{adapter}: this adapter was trained on {wanted.describe()}, but the base is {bits}; {advice}"
         )
+
+
+def _bits(quantization: Mapping[str, Any]) -> str:
+    """`2-bit g64`, and the bits of the metadata where they are not the usual 16."""
+    group, metadata = quantization.get("group_size"), quantization.get("metadata_bits", 16)
+    text = f"{quantization.get('nbits')}-bit g{'row' if group == -1 else group}"
+    return text if metadata == 16 else f"{text} with {metadata}-bit metadata"

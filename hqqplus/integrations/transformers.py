@@ -9,7 +9,8 @@ Importing this module registers both with transformers and the LoRA layer with P
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hqqplus.errors import UserError
 from hqqplus.modules import replace
 from hqqplus.modules.packed import PackedState
-from hqqplus.quantization.spec import QuantPlan, QuantSpec
-from hqqplus.quantization.tensor import STATE_NAMES
+from hqqplus.quantization.spec import QuantPlan, QuantSpec, SolverOptions
+from hqqplus.quantization.tensor import state_names
 
 QUANT_METHOD = "hqqplus"
 
@@ -36,10 +37,11 @@ class HqqPlusConfig(QuantizationConfigMixin):
     """How to quantize a model while it loads: `from_pretrained(id, quantization_config=HqqPlusConfig(nbits=2))`.
 
     Args:
-        nbits, group_size, axis, metadata_dtype: the fields of `QuantSpec`, for every linear layer.
+        nbits, group_size, axis, metadata_dtype, metadata_bits: the fields of `QuantSpec`, for every linear layer.
         overrides: name pattern -> the fields that differ there, e.g. `{"lm_head": {"nbits": 8}, "*.down_proj":
             {"nbits": 4}}`. The embedding and the output head stay in full precision unless a pattern names them.
         modules_to_not_convert: name patterns of modules that stay in full precision.
+        solver: the fields of `SolverOptions`, for all of them, e.g. `{"gain": 0.5}`.
 
     Raises:
         ValueError, TypeError: for values out of range, with what is allowed.
@@ -48,32 +50,43 @@ class HqqPlusConfig(QuantizationConfigMixin):
     def __init__(
         self,
         nbits: int = 2,
-        group_size: int = 64,
+        group_size: int = 32,
         axis: int = 1,
         metadata_dtype: str = "float16",
-        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        metadata_bits: int = 8,
+        overrides: Mapping[str, Mapping[str, Any]] | Sequence[tuple[str, Mapping[str, Any]]] | None = None,
         modules_to_not_convert: list[str] | None = None,
+        solver: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a plain string is enough
         kwargs.pop("quant_method", None)
         if kwargs:
             raise TypeError(f"HqqPlusConfig has no argument {', '.join(map(repr, sorted(kwargs)))}")
-        self.nbits, self.group_size, self.axis, self.metadata_dtype = nbits, group_size, axis, metadata_dtype
-        self.overrides = {pattern: dict(changes) for pattern, changes in (overrides or {}).items()}
+        self.nbits, self.group_size, self.axis = nbits, group_size, axis
+        self.metadata_dtype, self.metadata_bits = metadata_dtype, metadata_bits
+        # A list, because of two patterns that match a name the last one wins, and transformers sorts the keys of
+        # what it writes to config.json.
+        self.overrides: list[Any] = [[pattern, dict(changes)] for pattern, changes in dict(overrides or {}).items()]
         self.modules_to_not_convert = list(modules_to_not_convert) if modules_to_not_convert else None
+        self.solver = SolverOptions(**solver or {}).to_dict()
         self.plan()
 
     @classmethod
     def from_plan(cls, plan: QuantPlan) -> HqqPlusConfig:
         return cls(
-            **plan.default.to_dict(), overrides=dict(plan.overrides), modules_to_not_convert=list(plan.skip) or None
+            **plan.default.to_dict(),
+            overrides=dict(plan.overrides),
+            modules_to_not_convert=list(plan.skip) or None,
+            solver=plan.solver.to_dict(),
         )
 
     def plan(self) -> QuantPlan:
         """The same as a `QuantPlan`."""
-        default = QuantSpec(self.nbits, self.group_size, self.axis, self.metadata_dtype)
-        return QuantPlan(default, self.overrides, tuple(self.modules_to_not_convert or ()))
+        default = QuantSpec(self.nbits, self.group_size, self.axis, self.metadata_dtype, self.metadata_bits)
+        skip = tuple(self.modules_to_not_convert or ())
+        overrides = dict(self.overrides)
+        return QuantPlan(default, overrides, skip, SolverOptions(**self.solver))
 
 
 class PackWeight(ConversionOps):
@@ -149,7 +162,8 @@ class HqqPlusQuantizer(HfQuantizer):
         tied = self.tied if self.tied is not None and name in self.tied else None
         if not isinstance(model.get_submodule(name), PackedState):
             main = tied[0] if tied else name
-            mark_loaded(replace.pack_module(model, main, weight, self.specs[main], self.compute_dtype))
+            options = self.quantization_config.plan().solver
+            mark_loaded(replace.pack_module(model, main, weight, self.specs[main], self.compute_dtype, options))
             if tied:
                 self._tie(model)
         return tied or (name,)
@@ -202,7 +216,7 @@ def plan_of(model: Any, plan: QuantPlan) -> dict[str, QuantSpec]:
     # What transformers itself leaves alone: output embedding, last module, tied weights, modules kept in fp32.
     kept = HfQuantizer.get_modules_to_not_convert(model, None, None)
     in_fp32 = tuple(f"*{name}*" for name in model._keep_in_fp32_modules or ())
-    plan = QuantPlan(plan.default, plan.overrides, (*plan.skip, *in_fp32))
+    plan = dataclasses.replace(plan, skip=(*plan.skip, *in_fp32))
     try:
         specs = replace.plan_modules(model, plan, frozenset(kept), tied_modules(model))
     except ValueError as error:
@@ -225,17 +239,17 @@ def tied_modules(model: Any) -> tuple[str, str] | None:
 
 def tie_packed_names(model: Any, tied: tuple[str, str]) -> None:
     """Tell transformers that the packed tensors of the head are those of the embedding."""
-    model._tied_weights_keys = {f"{tied[1]}.{name}": f"{tied[0]}.{name}" for name in STATE_NAMES}
+    names = state_names(model.get_submodule(tied[0]).spec)
+    model._tied_weights_keys = {f"{tied[1]}.{name}": f"{tied[0]}.{name}" for name in names}
     model.all_tied_weights_keys = dict(model._tied_weights_keys)
 
 
-def mark_loaded(layer: nn.Module) -> None:
+def mark_loaded(layer: PackedState) -> None:
     """Keep transformers from initialising what is packed: it would take the layer for a fresh linear one."""
     layer._is_hf_initialized = True  # type: ignore[assignment]
-    for name in STATE_NAMES:
-        parameter = getattr(layer, name)
+    for parameter in layer.packed_parameters().values():
         if not parameter.is_meta:
-            parameter._is_hf_initialized = True
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def cast_unpacked(model: Any, dtype: torch.dtype) -> None:
@@ -278,7 +292,7 @@ def quantize_model(model: Any, spec: QuantSpec | QuantPlan | HqqPlusConfig) -> A
     if not isinstance(model, PreTrainedModel):
         for name, module_spec in replace.plan_modules(model, plan).items():
             weight = model.get_submodule(name).weight
-            replace.pack_module(model, name, weight, module_spec, weight.dtype)
+            replace.pack_module(model, name, weight, module_spec, weight.dtype, plan.solver)
         return model
     quantizer = HqqPlusQuantizer(config or HqqPlusConfig.from_plan(plan), pre_quantized=False)
     quantizer._process_model_before_weight_loading(model, dtype=model.dtype)
@@ -295,8 +309,9 @@ def quantize_model(model: Any, spec: QuantSpec | QuantPlan | HqqPlusConfig) -> A
 def _missing_tensors(module: nn.Module, otherwise: str) -> list[str]:
     if not isinstance(module, PackedState):
         return [otherwise]
-    parameters = {name: getattr(module, name) for name in STATE_NAMES}
-    return [n for n, p in parameters.items() if p.is_meta or not getattr(p, "_is_hf_initialized", False)]
+    return [
+        n for n, p in module.packed_parameters().items() if p.is_meta or not getattr(p, "_is_hf_initialized", False)
+    ]
 
 
 def _as_dtype(dtype: Any) -> torch.dtype | None:

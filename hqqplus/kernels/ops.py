@@ -1,7 +1,9 @@
 """`torch.ops.hqqplus.*`: the schemas, the shapes for tracing (fake) and the autograd formulas.
 
-Every op takes the packed tensors `W_q` (uint8), `scale` and `offset` (16-bit floats) followed by what a `QuantSpec`
-and a shape say, spelt out as integers because an op's schema knows no Python objects. The packed weight is frozen:
+Every op takes the packed tensors `W_q` (uint8), `scale`, `offset` and `blocks`, followed by what a `QuantSpec` and a
+shape say, spelt out as integers because an op's schema knows no Python objects. With 16-bit metadata `blocks` is None
+and scale and offset [rows, groups] are 16-bit floats; with 8-bit metadata they are uint8 codes of the same shape and
+`blocks` [blocks, 4] holds the 16-bit floats of their maps (`quantization/metadata.py`). The packed weight is frozen:
 the only gradient is that of the activations, and only packed tensors are kept for it.
 """
 
@@ -27,6 +29,7 @@ def dequantize(
     W_q: Tensor,
     scale: Tensor,
     offset: Tensor,
+    blocks: Tensor | None,
     nbits: int,
     group_size: int,
     axis: int,
@@ -36,7 +39,7 @@ def dequantize(
 ) -> Tensor:
     """The weight [out_features, in_features] in `dtype`."""
     spec = _spec(nbits, group_size, axis)
-    return reference.dequantize(W_q, scale, offset, spec, (out_features, in_features), dtype)
+    return reference.dequantize(W_q, scale, offset, blocks, spec, (out_features, in_features), dtype)
 
 
 @dequantize.register_fake
@@ -51,6 +54,7 @@ def matmul(
     W_q: Tensor,
     scale: Tensor,
     offset: Tensor,
+    blocks: Tensor | None,
     nbits: int,
     group_size: int,
     axis: int,
@@ -58,7 +62,7 @@ def matmul(
     in_features: int,
 ) -> Tensor:
     """`x` [..., in_features] times the transposed weight: [..., out_features], dtype of `x`."""
-    return reference.matmul(x, W_q, scale, offset, _spec(nbits, group_size, axis), (out_features, in_features))
+    return reference.matmul(x, W_q, scale, offset, blocks, _spec(nbits, group_size, axis), (out_features, in_features))
 
 
 @matmul.register_fake
@@ -73,6 +77,7 @@ def matmul_dx(
     W_q: Tensor,
     scale: Tensor,
     offset: Tensor,
+    blocks: Tensor | None,
     nbits: int,
     group_size: int,
     axis: int,
@@ -80,7 +85,9 @@ def matmul_dx(
     in_features: int,
 ) -> Tensor:
     """`dy` [..., out_features] times the weight: [..., in_features], dtype of `dy`. The backward of `matmul`."""
-    return reference.matmul_dx(dy, W_q, scale, offset, _spec(nbits, group_size, axis), (out_features, in_features))
+    return reference.matmul_dx(
+        dy, W_q, scale, offset, blocks, _spec(nbits, group_size, axis), (out_features, in_features)
+    )
 
 
 @matmul_dx.register_fake
@@ -90,19 +97,19 @@ def _(dy: Tensor, *arguments: Any) -> Tensor:
 
 
 def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, W_q, scale, offset, *sizes = inputs
-    ctx.save_for_backward(W_q, scale, offset)
+    _, W_q, scale, offset, blocks, *sizes = inputs
+    ctx.save_for_backward(W_q, scale, offset, blocks)
     ctx.sizes = sizes
 
 
 def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = matmul_dx(dy.contiguous(), *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
-    return dx, *([None] * 8)
+    return dx, *([None] * 9)
 
 
 def _matmul_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     ddy = matmul(ddx.contiguous(), *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
-    return ddy, *([None] * 8)
+    return ddy, *([None] * 9)
 
 
 matmul.register_autograd(_matmul_backward, setup_context=_keep_packed)
@@ -115,13 +122,14 @@ def embedding(
     W_q: Tensor,
     scale: Tensor,
     offset: Tensor,
+    blocks: Tensor | None,
     nbits: int,
     group_size: int,
     width: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """Rows `ids` [...] of a packed embedding (axis 1): [..., width] in `dtype`."""
-    return reference.embedding(ids, W_q, scale, offset, _spec(nbits, group_size, 1), width, dtype)
+    return reference.embedding(ids, W_q, scale, offset, blocks, _spec(nbits, group_size, 1), width, dtype)
 
 
 @embedding.register_fake

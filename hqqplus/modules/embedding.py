@@ -7,11 +7,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-import hqqplus.kernels  # noqa: F401  registers torch.ops.hqqplus
+from hqqplus.kernels import quantize  # importing it registers torch.ops.hqqplus
 from hqqplus.modules.linear import PackedLinear
 from hqqplus.modules.packed import PackedState
-from hqqplus.quantization import QuantSpec, quantize
-from hqqplus.quantization.tensor import STATE_NAMES
+from hqqplus.quantization import QuantSpec
 
 
 class PackedEmbedding(PackedState, nn.Embedding):  # type: ignore[override]  # weight is a read-only property here
@@ -63,8 +62,8 @@ class PackedEmbedding(PackedState, nn.Embedding):  # type: ignore[override]  # w
         head = PackedLinear(
             self.embedding_dim, self.num_embeddings, bias, self.spec, self.compute_dtype, device="meta"
         )
-        for name in STATE_NAMES:
-            setattr(head, name, getattr(self, name))
+        for name, parameter in self.packed_parameters().items():
+            setattr(head, name, parameter)
         return head.train(self.training)
 
     def extra_repr(self) -> str:

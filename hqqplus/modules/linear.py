@@ -7,9 +7,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-import hqqplus.kernels  # noqa: F401  registers torch.ops.hqqplus
+from hqqplus.kernels import quantize  # importing it registers torch.ops.hqqplus
 from hqqplus.modules.packed import PackedState
-from hqqplus.quantization import QuantSpec, quantize
+from hqqplus.quantization import QuantSpec
 
 
 class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight is a read-only property here

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from hqqplus.quantization import PackedTensor, QuantSpec
-from hqqplus.quantization.metadata import from_storage
-from hqqplus.quantization.tensor import STATE_NAMES, state_shapes
+from hqqplus.quantization.metadata import metadata_views
+from hqqplus.quantization.tensor import state_names, state_shapes
 
 
 class PackedState(nn.Module):
     """Mixin of the packed layers: parameters `W_q`, `scale`, `offset` and the matrix that they stand for.
+
+    With 8-bit metadata there is a fourth parameter, `blocks`, which is None otherwise.
 
     Attributes:
         spec: how the matrix is quantized.
@@ -27,6 +29,7 @@ class PackedState(nn.Module):
     W_q: nn.Parameter
     scale: nn.Parameter
     offset: nn.Parameter
+    blocks: nn.Parameter | None
     spec: QuantSpec
     matrix_shape: tuple[int, int]
     compute_dtype: torch.dtype
@@ -37,6 +40,8 @@ class PackedState(nn.Module):
         self.spec, self.matrix_shape, self.compute_dtype = spec, shape, compute_dtype
         for name, (size, dtype) in state_shapes(spec, *shape).items():
             setattr(self, name, nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False))
+        if spec.metadata_bits != 8:
+            self.register_parameter("blocks", None)
 
     def set_packed(self, packed: PackedTensor) -> None:
         """Take over the tensors of `packed`, which must have this layer's spec and shape.
@@ -51,13 +56,16 @@ class PackedState(nn.Module):
 
     def packed(self) -> PackedTensor:
         """The matrix as a `PackedTensor` (sharing the tensors)."""
-        W_q, scale, offset = (getattr(self, name).data for name in STATE_NAMES)
-        return PackedTensor(W_q, scale, offset, self.spec, self.matrix_shape)
+        tensors = {name: tensor.data for name, tensor in self.packed_parameters().items()}
+        return PackedTensor(**tensors, spec=self.spec, shape=self.matrix_shape)
 
-    def metadata(self) -> tuple[Tensor, Tensor]:
-        """scale and offset as 16-bit floats [rows, groups]: views of the stored bytes."""
-        name = self.spec.metadata_dtype
-        return from_storage(self.scale, name), from_storage(self.offset, name)
+    def packed_parameters(self) -> dict[str, nn.Parameter]:
+        """The packed tensors by name, in the order of `state_names`."""
+        return {name: getattr(self, name) for name in state_names(self.spec)}
+
+    def metadata(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """scale, offset and blocks as the ops take them: views of the stored bytes."""
+        return metadata_views(self.scale, self.offset, self.blocks, self.spec.metadata_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The full matrix in `dtype` (default: the compute dtype)."""
@@ -86,10 +94,11 @@ class PackedState(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in STATE_NAMES)
+        return sum(p.numel() * p.element_size() for p in self.packed_parameters().values())
 
     def _describe(self) -> str:
         spec = self.spec
         group = "row" if spec.group_size == -1 else spec.group_size
-        axis = "" if spec.axis == 1 else ", axis=0"
-        return f"nbits={spec.nbits}, group_size={group}{axis}, bpw={spec.bits_per_weight(*self.matrix_shape):.3f}"
+        rest = "" if spec.axis == 1 else ", axis=0"
+        rest += "" if spec.metadata_bits == 16 else f", metadata_bits={spec.metadata_bits}"
+        return f"nbits={spec.nbits}, group_size={group}{rest}, bpw={spec.bits_per_weight(*self.matrix_shape):.3f}"

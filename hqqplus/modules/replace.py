@@ -9,10 +9,11 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from hqqplus.kernels import quantize
 from hqqplus.modules.embedding import PackedEmbedding
 from hqqplus.modules.linear import PackedLinear
 from hqqplus.modules.packed import PackedState
-from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, quantize
+from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, SolverOptions
 
 # (module name, full-precision weight, what it was packed to)
 PackingObserver = Callable[[str, Tensor, PackedTensor], None]
@@ -44,7 +45,8 @@ def plan_modules(
     where an override names them. `tied` = (embedding, head) share one weight: naming either packs both, alike.
 
     Raises:
-        ValueError: if the overrides give the two tied modules different specs, or an embedding axis 0.
+        ValueError: if the overrides give the two tied modules different specs or an embedding axis 0, or name the head
+            of a tied embedding that is more than a table (Gemma scales its rows).
     """
     specs = {}
     for name, module in model.named_modules():
@@ -64,6 +66,11 @@ def plan_modules(
         if len(named) > 1:
             raise ValueError(f"{tied[0]} and {tied[1]} share one weight, but the overrides give them different bits")
         specs.update(dict.fromkeys(tied, *named) if named else {})
+        kind = type(model.get_submodule(tied[0]))
+        if named and kind is not nn.Embedding:
+            raise ValueError(
+                f"{tied[0]} is a {kind.__name__}: what it does beside the look-up would be lost, so skip it"
+            )
     for name, spec in specs.items():
         if isinstance(model.get_submodule(name), nn.Embedding) and spec.axis != 1:
             raise ValueError(f"{name} is an embedding: it is quantized along its rows, axis must be 1")
@@ -82,7 +89,12 @@ def empty_packed(module: nn.Module, spec: QuantSpec, compute_dtype: torch.dtype)
 
 
 def pack_module(
-    model: nn.Module, name: str, weight: Tensor, spec: QuantSpec, compute_dtype: torch.dtype
+    model: nn.Module,
+    name: str,
+    weight: Tensor,
+    spec: QuantSpec,
+    compute_dtype: torch.dtype,
+    options: SolverOptions | None = None,
 ) -> PackedLinear | PackedEmbedding:
     """Quantize `weight` and put the packed layer in the place of module `name` of `model`.
 
@@ -98,7 +110,7 @@ def pack_module(
             f"{name}.weight: its shape is {tuple(weight.shape)}, the model's configuration asks for {shape}"
         )
     try:
-        packed = quantize(weight, spec)
+        packed = quantize(weight, spec, options)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from None
     for observer in _observers.get():

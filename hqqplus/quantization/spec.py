@@ -12,7 +12,10 @@ NBITS = (1, 2, 3, 4, 8)
 WHOLE_ROW = -1
 SMALLEST_GROUP, LARGEST_GROUP, GROUP_STEP = 8, 256, 8
 METADATA_DTYPES = ("float16", "bfloat16")
-METADATA_BITS = 16
+METADATA_BITS = (8, 16)
+BLOCK = 128
+"""Groups whose 8-bit metadata share their two affine maps, and the bits of these: four 16-bit floats."""
+BLOCK_BITS = 4 * 16
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class QuantSpec:
         axis: 1, a group is consecutive weights of one output row; 0, of one input column, consecutive output rows.
         metadata_dtype: how scale and offset are stored, "float16" (finer: at 8 bits a bfloat16 offset is off by half a
             step) or "bfloat16" (for weights beyond float16's range).
+        metadata_bits: 16, scale and offset are such floats; or 8, they are codes, and blocks of 128 groups share the
+            floats that turn codes into values (`quantization/metadata.py`).
 
     Raises:
         ValueError: for any other value, with what is allowed.
@@ -33,12 +38,13 @@ class QuantSpec:
     """
 
     nbits: int = 2
-    group_size: int = 64
+    group_size: int = 32
     axis: int = 1
     metadata_dtype: str = "float16"
+    metadata_bits: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("nbits", "group_size", "axis"):
+        for name in ("nbits", "group_size", "axis", "metadata_bits"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}: it must be an integer")
@@ -56,6 +62,9 @@ class QuantSpec:
             raise ValueError(
                 f"metadata_dtype is {self.metadata_dtype!r}: it must be one of {', '.join(METADATA_DTYPES)}"
             )
+        if self.metadata_bits not in METADATA_BITS:
+            allowed = " or ".join(map(str, METADATA_BITS))
+            raise ValueError(f"metadata_bits is {self.metadata_bits}: it must be {allowed}")
 
     @property
     def qmax(self) -> int:
@@ -75,10 +84,14 @@ class QuantSpec:
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """Everything stored for the matrix (codes with padding, scales, offsets) in bits, over its number of weights.
 
-        Where the group size divides the width this is `nbits + 32 / group_size`.
+        Where the group size divides the width this is `nbits + 32 / group_size`; with 8-bit metadata, where 128
+        divides the number of groups too, it is `nbits + 16 / group_size + 64 / (128 group_size)`.
         """
         layout = self.layout(out_features, in_features)
-        bits = layout.rows * (layout.padded * self.nbits + 2 * METADATA_BITS * layout.groups)
+        groups = layout.rows * layout.groups
+        bits = layout.rows * layout.padded * self.nbits + 2 * self.metadata_bits * groups
+        if self.metadata_bits == 8:
+            bits += BLOCK_BITS * block_count(groups)
         return bits / (out_features * in_features)
 
     def replace(self, **changes: Any) -> QuantSpec:
@@ -101,6 +114,42 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class SolverOptions:
+    """What the solver minimises.
+
+    Args:
+        lp_norm: 2 is least squares. Below 1, the sum of |w - Q|^p, in which a few large errors weigh less.
+        threshold: for `lp_norm` below 1, the error from which on a weight counts as an outlier, in standard deviations
+            of its group.
+        gain: exponent of the row gain (<W, W> / <W, Q>)^gain, folded into the scales. Least squares shrinks a row to
+            (1 - NMSE) of itself; 1 undoes that, 0 leaves it.
+
+    Raises:
+        ValueError: for values out of range, with what is allowed.
+        TypeError: for what is no number.
+    """
+
+    lp_norm: float = 2.0
+    threshold: float = 0.5
+    gain: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lp_norm", "threshold", "gain"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}: it must be a number")
+        if self.lp_norm != 2 and not 0 < self.lp_norm < 1:
+            raise ValueError(f"lp_norm is {self.lp_norm}: it must be 2 (least squares) or between 0 and 1")
+        if not 0 < self.threshold < float("inf"):
+            raise ValueError(f"threshold is {self.threshold}: it must be a positive number of standard deviations")
+        if not 0 <= self.gain <= 1:
+            raise ValueError(f"gain is {self.gain}: it must be between 0 and 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class QuantPlan:
     """Which spec each module of a model gets, by its dotted name.
 
@@ -110,6 +159,7 @@ class QuantPlan:
             pattern that matches a name wins. Embeddings and the output head are quantized only where a pattern
             names them.
         skip: name patterns of modules that stay in full precision. Skips win over overrides.
+        solver: what the solver minimises, for all of them.
 
     A pattern is a shell-style glob over the whole dotted name, or a trailing part of the name: `lm_head`,
     `mlp.down_proj` and `*.layers.0.*` all work.
@@ -121,6 +171,7 @@ class QuantPlan:
     default: QuantSpec = field(default_factory=QuantSpec)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
+    solver: SolverOptions = field(default_factory=SolverOptions)
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
@@ -155,6 +206,11 @@ class QuantPlan:
 def matches(name: str, pattern: str) -> bool:
     """Whether dotted `name` is named by `pattern`: a glob over all of it, or a trailing part of it."""
     return fnmatchcase(name, pattern) or name.endswith(f".{pattern}")
+
+
+def block_count(groups: int) -> int:
+    """How many blocks of 8-bit metadata `groups` groups make; the last one may be shorter."""
+    return -(-groups // BLOCK)
 
 
 def _round_up(value: int, multiple: int) -> int:

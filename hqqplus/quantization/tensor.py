@@ -1,19 +1,24 @@
-"""`PackedTensor`: a quantized matrix as three tensors, and `quantize`, which makes one."""
+"""`PackedTensor`: a quantized matrix as three or four tensors, and `quantize`, which makes one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hqqplus.quantization.metadata import from_storage, to_storage
+from hqqplus.quantization.metadata import STORAGE_DTYPE, decode, metadata_views, to_storage, too_large
 from hqqplus.quantization.packing import pack, packed_width, unpack
-from hqqplus.quantization.solver import solve
-from hqqplus.quantization.spec import QuantSpec
+from hqqplus.quantization.refit import store_8bit
+from hqqplus.quantization.solver import Solution, check_importance, solve
+from hqqplus.quantization.spec import BLOCK_BITS, QuantSpec, SolverOptions, block_count
 
-# The names of the stored tensors, which are also the parameter names of the packed layers and the keys on disk.
-STATE_NAMES = ("W_q", "scale", "offset")
+
+def state_names(spec: QuantSpec) -> tuple[str, ...]:
+    """The names of the stored tensors, which are also the parameter names of packed layers and the keys on disk."""
+    names = ("W_q", "scale", "offset")
+    return (*names, "blocks") if spec.metadata_bits == 8 else names
 
 
 def state_shapes(
@@ -21,11 +26,14 @@ def state_shapes(
 ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
     """Name -> (shape, dtype) of the stored tensors of an `[out_features, in_features]` weight."""
     layout = spec.layout(out_features, in_features)
-    return {
-        "W_q": ((layout.rows, packed_width(layout.padded, spec.nbits)), torch.uint8),
-        "scale": ((layout.rows, 2 * layout.groups), torch.uint8),
-        "offset": ((layout.rows, 2 * layout.groups), torch.uint8),
+    metadata = layout.rows, layout.groups * spec.metadata_bits // 8
+    shapes = {
+        "W_q": (layout.rows, packed_width(layout.padded, spec.nbits)),
+        "scale": metadata,
+        "offset": metadata,
+        "blocks": (block_count(layout.rows * layout.groups), BLOCK_BITS // 8),
     }
+    return {name: (shapes[name], STORAGE_DTYPE) for name in state_names(spec)}
 
 
 def dequantize_rows(
@@ -42,13 +50,20 @@ def dequantize_rows(
 
 
 def dequantize_matrix(
-    W_q: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
+    W_q: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    blocks: Tensor | None,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The whole `[out_features, in_features]` matrix in `dtype`; `scale` and `offset` are floats."""
+    """The whole `[out_features, in_features]` matrix in `dtype`; the metadata as `metadata_views` gives them."""
     out_features, in_features = shape
+    scales, offsets = decode(scale, offset, blocks, spec.qmax)
     if spec.axis == 1:
-        return dequantize_rows(W_q, scale, offset, spec, in_features, dtype).contiguous()
-    return dequantize_rows(W_q, scale, offset, spec, out_features, dtype).t().contiguous()
+        return dequantize_rows(W_q, scales, offsets, spec, in_features, dtype).contiguous()
+    return dequantize_rows(W_q, scales, offsets, spec, out_features, dtype).t().contiguous()
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,9 @@ class PackedTensor:
     """A quantized `[out_features, in_features]` matrix.
 
     `W_q` holds the packed codes [rows, bytes], `scale` and `offset` [rows, 2 groups] the bytes of 16-bit floats: all
-    uint8. `rows` is out_features for axis 1 and in_features for axis 0, whose matrix is stored turned.
+    uint8. With 8-bit metadata `scale` holds the codes of the scales, `offset` those of the middles, [rows, groups]
+    both, and `blocks` [blocks, 8] the bytes of the floats that turn them into values (`quantization/metadata.py`).
+    `rows` is out_features for axis 1 and in_features for axis 0, whose matrix is stored turned.
     """
 
     W_q: Tensor
@@ -64,15 +81,16 @@ class PackedTensor:
     offset: Tensor
     spec: QuantSpec
     shape: tuple[int, int]
+    blocks: Tensor | None = None
 
     def state(self) -> dict[str, Tensor]:
         """The stored tensors by name; all integers, nothing else is needed beside `spec` and `shape`."""
-        return {name: getattr(self, name) for name in STATE_NAMES}
+        return {name: getattr(self, name) for name in state_names(self.spec)}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [out_features, in_features] in `dtype`."""
-        scale, offset = (from_storage(t, self.spec.metadata_dtype) for t in (self.scale, self.offset))
-        return dequantize_matrix(self.W_q, scale, offset, self.spec, self.shape, dtype)
+        metadata = metadata_views(self.scale, self.offset, self.blocks, self.spec.metadata_dtype)
+        return dequantize_matrix(self.W_q, *metadata, self.spec, self.shape, dtype)
 
     @property
     def bits_per_weight(self) -> float:
@@ -88,24 +106,76 @@ class PackedTensor:
         return error / energy if energy > 0 else (0.0 if error == 0 else float("inf"))
 
 
+Solver = Callable[[Tensor, QuantSpec, SolverOptions, Tensor | None], Solution]
+
+
 @torch.no_grad()
-def quantize(weight: Tensor, spec: QuantSpec) -> PackedTensor:
+def quantize(
+    weight: Tensor,
+    spec: QuantSpec,
+    options: SolverOptions | None = None,
+    importance: Tensor | None = None,
+    solver: Solver = solve,
+) -> PackedTensor:
     """Quantize `weight` [out_features, in_features] (any float dtype, any device) as `spec` says.
 
+    Args:
+        options: what the solver minimises; least squares by default.
+        importance: [in_features], a weight >= 0 for the squared errors of each input column, such as the mean square
+            of its activations; None for all alike. With axis 0 a group lies in one column and it makes no difference.
+        solver: another implementation of `solve`.
+
     Raises:
-        ValueError: if `weight` is not a matrix of floats, is empty, or holds NaN or infinite values.
+        ValueError: if `weight` is not a matrix of floats, is empty, holds NaN or infinite values, or is too large for
+            the type of the metadata; if `importance` does not fit; for a gain with axis 0, whose groups run over
+            several rows.
     """
     if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(f"expected a non-empty matrix of floats, not {weight.dtype} of shape {tuple(weight.shape)}")
+    options = options or SolverOptions()
+    if options.gain and spec.axis == 0:
+        raise ValueError("a row gain needs axis 1: with axis 0 a group holds weights of several rows")
     out_features, in_features = weight.shape
-    matrix = weight.detach() if spec.axis == 1 else weight.detach().t().contiguous()
+    if importance is not None:
+        importance = check_importance(importance, in_features)
+    matrix = weight.detach()
+    if spec.axis == 0:
+        matrix, importance = matrix.t().contiguous(), None
     layout = spec.layout(out_features, in_features)
-    solution = solve(matrix, spec)
-    codes = torch.nn.functional.pad(solution.codes, (0, layout.padded - layout.width))
-    return PackedTensor(
-        W_q=pack(codes, spec.nbits, layout.plane),
-        scale=to_storage(solution.scale),
-        offset=to_storage(solution.offset),
-        spec=spec,
-        shape=(out_features, in_features),
-    )
+    solution = solver(matrix, spec.replace(metadata_bits=16), options, importance)
+    if options.gain:
+        matrix, solution = _gained(matrix, solution, layout.group, options.gain, spec.metadata_dtype)
+    if spec.metadata_bits == 8:
+        codes, scale, offset, maps = store_8bit(
+            matrix, solution.codes, solution.scale, solution.offset, spec, importance
+        )
+        blocks = to_storage(maps)
+    else:
+        codes, scale, offset = solution.codes, to_storage(solution.scale), to_storage(solution.offset)
+        blocks = None
+    codes = torch.nn.functional.pad(codes, (0, layout.padded - layout.width))
+    packed = pack(codes, spec.nbits, layout.plane)
+    return PackedTensor(packed, scale, offset, spec, (out_features, in_features), blocks)
+
+
+def _gained(matrix: Tensor, solution: Solution, group: int, exponent: float, dtype: str) -> tuple[Tensor, Solution]:
+    """The matrix [rows, width] and its solution, each row of both times (<W, W> / <W, Q>)^exponent.
+
+    The codes are those of the solution; the gained matrix is what they now stand for.
+    """
+    width = matrix.shape[1]
+    values = matrix.float()
+
+    def spread(metadata: Tensor) -> Tensor:
+        return metadata.float().repeat_interleave(group, 1)[:, :width]
+
+    approximation = torch.addcmul(spread(solution.offset), solution.codes.float(), spread(solution.scale))
+    unit = values.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    values, approximation = values / unit, approximation / unit
+    energy, overlap = (values * values).sum(1, keepdim=True), (values * approximation).sum(1, keepdim=True)
+    usable = (energy > 0) & (overlap > 0)
+    gain = torch.where(usable, energy / torch.where(usable, overlap, 1.0), 1.0).pow(exponent)  # [rows, 1]
+    scale, offset = ((metadata.float() * gain).to(metadata.dtype) for metadata in (solution.scale, solution.offset))
+    if not (torch.isfinite(scale).all() and torch.isfinite(offset).all()):
+        raise too_large(dtype)
+    return matrix.float() * gain, Solution(solution.codes, scale, offset)

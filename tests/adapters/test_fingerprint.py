@@ -15,13 +15,12 @@ from hqqplus import HqqPlusConfig, models
 from hqqplus.adapters import Fingerprint, check_base, packed_sha256
 from hqqplus.errors import UserError
 from hqqplus.modules import packed_modules
-from hqqplus.quantization.tensor import STATE_NAMES
 
 FINGERPRINT = Fingerprint(
     base="some/model",
     revision="abc",
     packed_sha256="0123456789abcdef",
-    quantization={"nbits": 2, "group_size": 32, "overrides": {"lm_head": {"nbits": 8}}},
+    quantization={"nbits": 2, "group_size": 32, "metadata_bits": 16, "overrides": {"lm_head": {"nbits": 8}}},
     versions={"torch": "2.13.0"},
 )
 
@@ -30,7 +29,7 @@ FINGERPRINT = Fingerprint(
 def packed(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed folder with a packed embedding and head besides the layers."""
     folder = tmp_path_factory.mktemp("base") / "packed"
-    overrides = {"lm_head": {"nbits": 8}, "model.embed_tokens": {"nbits": 4}}
+    overrides = {"lm_head": {"nbits": 8}, "model.embed_tokens": {"nbits": 4}, "*.mlp.*": {"metadata_bits": 8}}
     config = HqqPlusConfig(nbits=2, group_size=32, overrides=overrides)
     models.quantize_folder(str(random_model("llama")), folder, config)
     return folder
@@ -46,6 +45,13 @@ def test_written_and_read(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert Fingerprint.read(tmp_path) == fingerprint
     assert [path.name for path in tmp_path.iterdir()] == ["hqqplus.json"]
     assert json.loads((tmp_path / "hqqplus.json").read_text())["packed_sha256"] == "0123456789abcdef"
+
+
+def test_a_file_from_before_metadata_bits_means_16(tmp_path: Path) -> None:
+    fields = dataclasses.asdict(FINGERPRINT)
+    del fields["quantization"]["metadata_bits"]
+    (tmp_path / "hqqplus.json").write_text(json.dumps(fields))
+    assert Fingerprint.read(tmp_path) == FINGERPRINT
 
 
 def test_none_where_there_is_none(tmp_path: Path) -> None:
@@ -90,6 +96,8 @@ def test_described_in_short() -> None:
     assert FINGERPRINT.describe() == "2-bit g32 of some/model (sha256 0123456789ab)"
     rows = dataclasses.replace(FINGERPRINT, quantization={"nbits": 4, "group_size": -1})
     assert rows.describe().startswith("4-bit grow of ")
+    eight = dataclasses.replace(FINGERPRINT, quantization={**FINGERPRINT.quantization, "metadata_bits": 8})
+    assert eight.describe().startswith("2-bit g32 with 8-bit metadata of ")
 
 
 # The hash ------------------------------------------------------------------------------------------------------------
@@ -114,14 +122,14 @@ def test_any_flipped_bit_changes_the_hash(packed: Path) -> None:
     before = packed_sha256(model)
     modules = packed_modules(model)
     chosen = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head", "model.embed_tokens"]
+    parameters = [p for name in chosen for p in modules[name].packed_parameters().values()]
+    assert len(parameters) == 4 * 3 + 1  # with 8-bit metadata there are four
     seen = {before}
-    for module in (modules[name] for name in chosen):
-        for key in STATE_NAMES:
-            tensor = getattr(module, key).data.view(-1)
-            tensor[-1] ^= 1
-            seen.add(packed_sha256(model))
-            tensor[-1] ^= 1
-    assert len(seen) == 1 + len(chosen) * len(STATE_NAMES)
+    for tensor in (parameter.data.view(-1) for parameter in parameters):
+        tensor[-1] ^= 1
+        seen.add(packed_sha256(model))
+        tensor[-1] ^= 1
+    assert len(seen) == 1 + len(parameters)
     assert packed_sha256(model) == before
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import hqqplus
 from hqqplus import HqqPlusConfig, PackedEmbedding, PackedLinear, QuantSpec
-from hqqplus.modules import packed_modules
+from hqqplus.errors import UserError
+from hqqplus.modules import bits_per_weight, packed_modules
 
 IDS = torch.arange(3, 35).view(1, -1)
 FAMILIES = [("llama", False), ("llama", True), ("qwen2", True), ("qwen2", False), ("qwen3", True)]
@@ -33,11 +34,18 @@ def quantized(folder: Path, **arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("overrides", OVERRIDES, ids=["plain", "head", "embedding"])
+@pytest.mark.parametrize("metadata_bits", [16, 8])
 @pytest.mark.parametrize(("kind", "tied"), FAMILIES)
 def test_load_save_reload(
-    random_model: Callable[..., Path], tmp_path: Path, kind: str, tied: bool, overrides: dict[str, Any]
+    random_model: Callable[..., Path],
+    tmp_path: Path,
+    kind: str,
+    tied: bool,
+    metadata_bits: int,
+    overrides: dict[str, Any],
 ) -> None:
-    model = quantized(random_model(kind, tied), overrides=overrides)
+    model = quantized(random_model(kind, tied), overrides=overrides, metadata_bits=metadata_bits)
+    assert {m.spec.metadata_bits for m in packed_modules(model).values()} == {metadata_bits}
     assert type(model.model.layers[0].mlp.up_proj) is PackedLinear
     assert model.is_quantized
     head_packed = "lm_head" in overrides or (tied and bool(overrides))
@@ -53,13 +61,32 @@ def test_load_save_reload(
     assert not any(info.values())
     assert torch.equal(again(IDS).logits, logits)
     if tied and head_packed:
-        assert again.lm_head.W_q is again.model.embed_tokens.W_q
+        shared = again.model.embed_tokens.packed_parameters()
+        assert len(shared) == (4 if metadata_bits == 8 else 3)
+        assert all(getattr(again.lm_head, name) is parameter for name, parameter in shared.items())
     again.save_pretrained(tmp_path / "second")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("packed", "second"))
     assert first == second
 
 
-@pytest.mark.parametrize("overrides", OVERRIDES, ids=["plain", "head", "embedding"])
+MIXED: dict[str, dict[str, Any]] = {"*.mlp.*": {"metadata_bits": 16}, "lm_head": {"nbits": 8, "metadata_bits": 16}}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_metadata_bits_may_differ_by_module(random_model: Callable[..., Path], tmp_path: Path, tied: bool) -> None:
+    model = quantized(random_model("llama", tied), overrides=MIXED)
+    layer = model.model.layers[0]
+    assert layer.self_attn.q_proj.blocks is not None
+    assert layer.mlp.up_proj.blocks is None
+    logits = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(again(IDS).logits, logits)
+    assert again.config.quantization_config.plan() == model.config.quantization_config.plan()
+
+
+@pytest.mark.parametrize("overrides", [*OVERRIDES, MIXED], ids=["plain", "head", "embedding", "mixed"])
 def test_in_memory_equals_while_loading(story_model: Path, overrides: dict[str, Any]) -> None:
     model = quantized(story_model, overrides=overrides)
     config = HqqPlusConfig(nbits=2, group_size=32, overrides=overrides)
@@ -75,8 +102,9 @@ def test_quantize_model_takes_a_spec_and_any_module() -> None:
     assert model(torch.randn(2, 24)).shape == (2, 8)
 
 
-def test_shards_and_dtype(random_model: Callable[..., Path], tmp_path: Path) -> None:
-    model = quantized(random_model("llama"))
+@pytest.mark.parametrize("metadata_bits", [16, 8])
+def test_shards_and_dtype(random_model: Callable[..., Path], tmp_path: Path, metadata_bits: int) -> None:
+    model = quantized(random_model("llama"), metadata_bits=metadata_bits)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -106,6 +134,7 @@ def test_skips_and_overrides_by_pattern(random_model: Callable[..., Path]) -> No
     [
         ({"nbits": 5}, "nbits is 5: it must be one of 1, 2, 3, 4, 8"),
         ({"group_size": 12}, "group_size is 12"),
+        ({"metadata_bits": 4}, "metadata_bits is 4: it must be 8 or 16"),
         ({"overrides": {"lm_head": {"bits": 8}}}, "override 'lm_head': 'bits' is not one of"),
         ({"overrides": {"lm_head": {"nbits": 7}}}, "override 'lm_head': nbits is 7"),
         ({"group": 64}, "no argument 'group'"),
@@ -129,8 +158,11 @@ def test_generate_uses_the_packed_layers(story_model: Path) -> None:
     assert torch.equal(tokens, parent.generate(ids, max_new_tokens=8, do_sample=False))
 
 
-def test_dequantize_gives_an_ordinary_model(random_model: Callable[..., Path], tmp_path: Path) -> None:
-    model = quantized(random_model("qwen2", True), overrides=OVERRIDES[2])
+@pytest.mark.parametrize("metadata_bits", [16, 8])
+def test_dequantize_gives_an_ordinary_model(
+    random_model: Callable[..., Path], tmp_path: Path, metadata_bits: int
+) -> None:
+    model = quantized(random_model("qwen2", True), overrides=OVERRIDES[2], metadata_bits=metadata_bits)
     logits = model(IDS).logits
     plain = model.dequantize()
     assert not packed_modules(plain)
@@ -141,11 +173,11 @@ def test_dequantize_gives_an_ordinary_model(random_model: Callable[..., Path], t
     torch.testing.assert_close(again(IDS).logits, logits)
 
 
-@pytest.mark.parametrize("lost", ["scale", "W_q", "offset"])
+@pytest.mark.parametrize("lost", ["scale", "W_q", "offset", "blocks"])
 def test_a_checkpoint_that_lacks_a_packed_tensor_is_refused(
     random_model: Callable[..., Path], tmp_path: Path, lost: str
 ) -> None:
-    quantized(random_model("llama")).save_pretrained(tmp_path)
+    quantized(random_model("llama"), metadata_bits=8).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[f"model.layers.1.mlp.up_proj.{lost}"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -171,12 +203,19 @@ def test_a_nan_weight_is_named(random_model: Callable[..., Path], tmp_path: Path
         quantized(tmp_path / "broken")
 
 
-def test_files_hold_integers_only_for_packed_layers(random_model: Callable[..., Path], tmp_path: Path) -> None:
-    quantized(random_model("llama")).save_pretrained(tmp_path)
+@pytest.mark.parametrize("metadata_bits", [16, 8])
+def test_files_hold_integers_only_for_packed_layers(
+    random_model: Callable[..., Path], tmp_path: Path, metadata_bits: int
+) -> None:
+    model = quantized(random_model("llama"), metadata_bits=metadata_bits)
+    model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
-        packed = {k: tensors.get_tensor(k).dtype for k in tensors.keys() if "_proj" in k}  # noqa: SIM118
-    assert {k.rsplit(".", 1)[1] for k in packed} == {"W_q", "scale", "offset"}
-    assert set(packed.values()) == {torch.uint8}
+        packed = {k: tensors.get_tensor(k) for k in tensors.keys() if "_proj" in k}  # noqa: SIM118
+    blocks = {"blocks"} if metadata_bits == 8 else set()
+    assert {k.rsplit(".", 1)[1] for k in packed} == {"W_q", "scale", "offset"} | blocks
+    assert {tensor.dtype for tensor in packed.values()} == {torch.uint8}
+    weights = sum(m.in_features * m.out_features for m in packed_modules(model).values())
+    assert 8 * sum(tensor.numel() for tensor in packed.values()) / weights == bits_per_weight(model)
 
 
 @pytest.mark.parametrize("first", ["hqqplus", "transformers"])
@@ -191,3 +230,20 @@ def test_import_alone_is_enough_and_light(
         f"m = A.from_pretrained({str(tmp_path)!r}); print(type(m.model.layers[0].mlp.up_proj).__name__)"
     )
     assert run_python("-c", code).stdout.strip() == "PackedLinear"
+
+
+def test_the_order_of_overrides_survives_saving(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    # The last pattern that matches wins, and transformers sorts the keys of config.json.
+    overrides = {"*.mlp.*": {"nbits": 3}, "*.down_proj": {"nbits": 4}}
+    model = quantized(random_model("llama"), overrides=overrides)
+    assert model.model.layers[0].mlp.down_proj.spec.nbits == 4
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[0].mlp.down_proj.spec.nbits == 4
+    assert again.model.layers[0].mlp.up_proj.spec.nbits == 3
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_tied_embedding_that_scales_its_rows_is_refused(random_model: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"embed_tokens is a \w+: what it does beside the look-up would be lost"):
+        quantized(random_model("gemma", True), overrides={"lm_head": {"nbits": 8}})

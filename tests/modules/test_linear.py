@@ -7,7 +7,9 @@ from torch import nn
 from hqqplus.modules import PackedLinear
 from hqqplus.quantization import QuantSpec, quantize
 
-SPEC = QuantSpec(nbits=2, group_size=32)
+SPEC = QuantSpec(nbits=2, group_size=32, metadata_bits=16)
+EIGHT = SPEC.replace(metadata_bits=8)
+both = pytest.mark.parametrize("spec", [SPEC, EIGHT], ids=["16", "8"])
 
 
 def make(bias: bool = True, spec: QuantSpec = SPEC) -> tuple[nn.Linear, PackedLinear]:
@@ -18,24 +20,30 @@ def make(bias: bool = True, spec: QuantSpec = SPEC) -> tuple[nn.Linear, PackedLi
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_forward_is_the_quantized_matrix_and_the_kept_bias(bias: bool, axis: int) -> None:
-    linear, packed = make(bias, SPEC.replace(axis=axis))
+@both
+def test_forward_is_the_quantized_matrix_and_the_kept_bias(bias: bool, axis: int, spec: QuantSpec) -> None:
+    linear, packed = make(bias, spec.replace(axis=axis))
     weight = quantize(linear.weight, packed.spec).dequantize(torch.float32)
     x = torch.randn(2, 3, 172)
     torch.testing.assert_close(packed(x), nn.functional.linear(x, weight, linear.bias))
 
 
-def test_everything_is_frozen_and_packed_state_is_integer() -> None:
-    _, packed = make()
+@both
+def test_everything_is_frozen_and_packed_state_is_integer(spec: QuantSpec) -> None:
+    _, packed = make(spec=spec)
     assert isinstance(packed, nn.Linear)
-    assert list(packed.state_dict()) == ["W_q", "scale", "offset", "bias"]
+    names = ["W_q", "scale", "offset"] + ["blocks"] * (spec.metadata_bits == 8)
+    assert list(packed.state_dict()) == [*names, "bias"]
+    assert list(packed.packed_parameters()) == names
     assert not list(packed.buffers())
     assert not any(p.requires_grad for p in packed.parameters())
-    assert {packed.W_q.dtype, packed.scale.dtype, packed.offset.dtype} == {torch.uint8}
+    assert {p.dtype for p in packed.packed_parameters().values()} == {torch.uint8}
+    assert packed.packed_bytes == sum(p.numel() for p in packed.packed_parameters().values())
 
 
-def test_no_cast_touches_packed_state() -> None:
-    _, packed = make()
+@both
+def test_no_cast_touches_packed_state(spec: QuantSpec) -> None:
+    _, packed = make(spec=spec)
     before = {name: tensor.clone() for name, tensor in packed.packed().state().items()}
     for cast in (nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16)):
         cast(packed)
@@ -43,9 +51,10 @@ def test_no_cast_touches_packed_state() -> None:
             assert torch.equal(getattr(packed, name), tensor)
 
 
-def test_state_dict_round_trip_is_exact() -> None:
-    _, packed = make()
-    other = PackedLinear(172, 48, True, SPEC, torch.float32)
+@both
+def test_state_dict_round_trip_is_exact(spec: QuantSpec) -> None:
+    _, packed = make(spec=spec)
+    other = PackedLinear(172, 48, True, spec, torch.float32)
     other.load_state_dict(packed.state_dict())
     x = torch.randn(4, 172)
     assert torch.equal(other(x), packed(x))
@@ -59,13 +68,21 @@ def test_weight_is_readable_and_dequantized() -> None:
         packed.weight = nn.Parameter(torch.zeros(48, 172))
 
 
-def test_description_tells_the_bits() -> None:
-    _, packed = make()
+def test_a_state_dict_of_other_metadata_bits_is_refused() -> None:
+    for spec, other, said in ((SPEC, EIGHT, "Missing key.*blocks"), (EIGHT, SPEC, "Unexpected key.*blocks")):
+        with pytest.raises(RuntimeError, match=f"(?s){said}"):
+            PackedLinear(172, 48, True, other, torch.float32).load_state_dict(make(spec=spec)[1].state_dict())
+
+
+@both
+def test_description_tells_the_bits(spec: QuantSpec) -> None:
+    _, packed = make(spec=spec)
     text = repr(packed)
+    assert ("metadata_bits=8" in text) == (spec == EIGHT)
     assert "nbits=2" in text
     assert "group_size=32" in text
     assert f"bpw={packed.bits_per_weight:.3f}" in text
-    assert packed.bits_per_weight == SPEC.bits_per_weight(48, 172)
+    assert packed.bits_per_weight == spec.bits_per_weight(48, 172)
 
 
 def test_autocast_computes_in_the_lower_dtype() -> None:
@@ -74,8 +91,9 @@ def test_autocast_computes_in_the_lower_dtype() -> None:
         assert packed(torch.randn(2, 172)).dtype == torch.bfloat16
 
 
-def test_gradient_checkpointing_gives_the_same_gradient() -> None:
-    _, packed = make()
+@both
+def test_gradient_checkpointing_gives_the_same_gradient(spec: QuantSpec) -> None:
+    _, packed = make(spec=spec)
     x = torch.randn(4, 172, requires_grad=True)
     (plain,) = torch.autograd.grad(packed(x).square().sum(), x)
     checkpointed = torch.utils.checkpoint.checkpoint(packed, x, use_reentrant=False)
@@ -83,11 +101,14 @@ def test_gradient_checkpointing_gives_the_same_gradient() -> None:
     assert torch.equal(plain, recomputed)
 
 
-def test_compiles_without_a_graph_break() -> None:
-    _, packed = make()
-    x = torch.randn(4, 172)
+@both
+def test_compiles_without_a_graph_break(spec: QuantSpec) -> None:
+    _, packed = make(spec=spec)
+    x = torch.randn(4, 172, requires_grad=True)
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), packed(x))
+    gradients = [torch.autograd.grad(layer(x).square().sum(), x)[0] for layer in (compiled, packed)]
+    assert torch.equal(*gradients)
 
 
 def test_a_weight_with_nan_is_refused() -> None:
@@ -100,5 +121,6 @@ def test_a_weight_with_nan_is_refused() -> None:
 
 def test_set_packed_refuses_another_shape() -> None:
     _, packed = make()
-    with pytest.raises(ValueError, match="does not fit"):
-        packed.set_packed(quantize(torch.randn(48, 64), SPEC))
+    for other in (quantize(torch.randn(48, 64), SPEC), quantize(torch.randn(48, 172), EIGHT)):
+        with pytest.raises(ValueError, match="does not fit"):
+            packed.set_packed(other)

@@ -8,7 +8,7 @@ from hqqplus.modules import PackedEmbedding, PackedLinear, observe_packing, pack
 from hqqplus.modules.replace import bits_per_weight, model_bytes, pack_module, plan_modules, unpack_modules
 from hqqplus.quantization import QuantPlan, QuantSpec
 
-SPEC = QuantSpec(2, 32)
+SPEC = QuantSpec(2, 32, metadata_bits=16)
 
 
 class Toy(nn.Module):
@@ -51,9 +51,10 @@ def test_an_embedding_cannot_be_grouped_across_rows() -> None:
         plan_modules(Toy(), QuantPlan(SPEC, {"embed": {"axis": 0}}))
 
 
-def test_packing_and_unpacking_leave_a_model_that_computes_the_same() -> None:
+@pytest.mark.parametrize("metadata_bits", [16, 8])
+def test_packing_and_unpacking_leave_a_model_that_computes_the_same(metadata_bits: int) -> None:
     model, ids = Toy(), torch.tensor([[1, 2, 19]])
-    pack(model, QuantPlan(SPEC, {"embed": {"nbits": 8}}))
+    pack(model, QuantPlan(SPEC.replace(metadata_bits=metadata_bits), {"embed": {"nbits": 8}}))
     assert isinstance(model.up, PackedLinear)
     assert isinstance(model.embed, PackedEmbedding)
     assert type(model.head) is nn.Linear
@@ -87,3 +88,7 @@ def test_sizes() -> None:
     pack(model, QuantPlan(SPEC))
     assert bits_per_weight(model) == 2 + 32 / 32
     assert model_bytes(model) == full - 2 * (2 * 32 * 64) + 2 * 32 * 64 * 3 // 8
+    eight = Toy()
+    pack(eight, QuantPlan(SPEC, {"*": {"metadata_bits": 8}}, skip=("embed", "head")))
+    assert bits_per_weight(eight) == 2 + 16 / 32 + 64 / (64 * 32)  # 64 groups: half a block
+    assert model_bytes(eight) == full - 2 * (2 * 32 * 64) + 2 * 32 * 64 * bits_per_weight(eight) / 8

@@ -1,0 +1,86 @@
+"""Checkpoints as they lie on the disk or on the hub: which files, of what type, and whether they are still those."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hqqplus import models
+from hqqplus.errors import UserError
+from hqqplus.shards import StoredTensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a checkpoint has beside its weights.
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+def fetch(name: str, revision: str | None, trust_remote_code: bool, where: str) -> tuple[Path, list[str], str | None]:
+    """Find checkpoint `name`, a folder or a hub id; of a hub model no more is downloaded than is needed.
+
+    Returns:
+        The folder, the names of its safetensors files as transformers would take them, and the commit of a hub model.
+
+    Raises:
+        UserError: if there are none, or the index is of no use.
+        NotStreamable: if there is more to the model than its weights.
+    """
+    if models.is_local(name, where):
+        folder = Path(models.resolve_name(name))
+        return folder, _weight_files(folder), None
+    from huggingface_hub import snapshot_download
+
+    small = [*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=small))
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    # The index says which files are the model's: a repository may hold the weights in other formats besides.
+    wanted = _indexed(folder) or [SINGLE]
+    folder = Path(snapshot_download(name, revision=commit or revision, allow_patterns=[*small, *wanted]))
+    return folder, _weight_files(folder), commit
+
+
+def _weight_files(folder: Path) -> list[str]:
+    from hqqplus.integrations.skeleton import NotStreamable
+
+    if (folder / "adapter_config.json").is_file():
+        raise NotStreamable("comes with an adapter")
+    names = [SINGLE] if (folder / SINGLE).is_file() else _indexed(folder)
+    if not names:
+        raise UserError(f"there is neither {SINGLE} nor {INDEX}")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"there is no {missing[0]}, which {INDEX} names")
+    return names
+
+
+def _indexed(folder: Path) -> list[str]:
+    """The files that the index names; empty without one."""
+    if not (folder / INDEX).is_file():
+        return []
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{INDEX}: there is no weight_map in it")
+    names = sorted({str(name) for name in weight_map.values()})
+    # Files of the same names are written.
+    if bad := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise UserError(f"{INDEX}: {bad[0]!r} is not the name of a safetensors file beside it")
+    return names
+
+
+def identity(folder: Path, files: list[str], commit: str | None) -> dict[str, Any]:
+    """What tells this checkpoint from another: the commit, and size and time of the files that matter."""
+    stats = {name: (folder / name).stat() for name in ("config.json", *files)}
+    # Of a hub model the commit says it all, and times are those of the download.
+    return {
+        "commit": commit,
+        "files": {name: [s.st_size, *([] if commit else [s.st_mtime_ns])] for name, s in stats.items()},
+    }
+
+
+def dtype_of(header: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The dtype of a checkpoint by its first floating tensor, as transformers finds it."""
+    tensors = (tensor.dtype for _, tensor in sorted(header.items()))
+    return next((dtype for dtype in tensors if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)

@@ -1,0 +1,692 @@
+"""Quantizing on the disk: the same bytes as quantizing while loading, whatever happens in between."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hqqplus import HqqPlusConfig, files, models, partial, streaming
+from hqqplus.adapters.fingerprint import Fingerprint, packed_sha256
+from hqqplus.errors import UserError
+from hqqplus.modules import bits_per_weight, observe_packing, packed_modules
+from hqqplus.shards import read_header
+from hqqplus.streaming import Quantized, quantize_checkpoint
+from tests.conftest import ROOT
+
+IDS = torch.arange(3, 35).view(1, -1)
+# A layer of each kind: tied or not, with biases or not, of 2, 4 and 8 bits, along both axes, one left alone.
+MIXED: dict[str, Any] = {
+    "nbits": 2,
+    "group_size": 32,
+    "metadata_bits": 16,
+    "overrides": {"lm_head": {"nbits": 8}, "*.down_proj": {"nbits": 4, "axis": 0}, "v_proj": {"metadata_bits": 8}},
+    "modules_to_not_convert": ["*.layers.0.*.o_proj"],
+}
+FILES = ("config.json", "generation_config.json")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def made(parent: Path, output: Path, config: HqqPlusConfig | None = None, **options: Any) -> Quantized:
+    config = config or HqqPlusConfig(**MIXED)
+    return quantize_checkpoint(str(parent), output, config, **{"device": "cpu", "quiet": True, **options})
+
+
+def while_loading(parent: Path, output: Path, config: HqqPlusConfig | None = None, **options: Any) -> Any:
+    """What the other route makes of it, saved to `output`."""
+    config = config or HqqPlusConfig(**MIXED)
+    model = models.load_causal_lm(
+        str(parent), quantization=config, **{"dtype": "checkpoint", "device": "cpu", **options}
+    )
+    model.save_pretrained(output)
+    return model
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+def sharded(parent: Path, folder: Path, size: str = "60KB", dtype: torch.dtype | None = None) -> Path:
+    """`parent` again, in several files."""
+    model = AutoModelForCausalLM.from_pretrained(parent, dtype=dtype or "auto")
+    model.save_pretrained(folder, max_shard_size=size)
+    for path in parent.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def parent(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied model with biases, in several files."""
+    return sharded(random_model("qwen2", True), tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.fixture(scope="module")
+def whole(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """It quantized without interruption."""
+    return made(parent, tmp_path_factory.mktemp("whole") / "out")
+
+
+# The same as while loading -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("llama", False), ("llama", True), ("qwen2", True), ("gemma2", True), ("phi", False)]
+)
+def test_the_files_are_those_of_the_other_route(
+    random_model: Callable[..., Path], tmp_path: Path, kind: str, tied: bool
+) -> None:
+    parent = random_model(kind, tied)
+    # Phi has other names: a pattern that fits none is no error. Gemma's embedding is none that can be packed.
+    overrides = {name: change for name, change in MIXED["overrides"].items() if kind != "gemma2" or name != "lm_head"}
+    config = HqqPlusConfig(**{**MIXED, "overrides": overrides})
+    found = made(parent, tmp_path / "ours", config)
+    model = while_loading(parent, tmp_path / "theirs", config)
+    for name in ("model.safetensors", *FILES):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+    assert found.streamed
+    assert found.kept == ()
+    assert found.fingerprint.packed_sha256 == packed_sha256(model)
+    assert found.fingerprint == Fingerprint.read(tmp_path / "ours")
+    assert found.layers.bits_per_weight == pytest.approx(bits_per_weight(model))
+    stored = sum(tensor.nbytes for tensor in tensors(tmp_path / "ours").values())
+    assert found.layers.total_bytes == stored
+    names = list(packed_modules(model))
+    if tied and "lm_head" in names:
+        names.remove("lm_head")  # the embedding's own tensors
+    assert [layer.name for layer in found.layers.layers] == names
+    assert tree(tmp_path / "ours") == sorted(
+        ["README.md", *FILES, "hqqplus.json", "layers.json", "layers.md", "model.safetensors", "nmse.png"]
+        + [path.name for path in parent.glob("tokenizer*")]
+    )
+
+
+def test_a_real_model(shared: Path, tmp_path: Path) -> None:
+    parent = shared / "models" / "tinystories-656K"
+    found = made(parent, tmp_path / "ours", HqqPlusConfig(2, 64, metadata_bits=16))
+    model = while_loading(parent, tmp_path / "theirs", HqqPlusConfig(2, 64, metadata_bits=16))
+    for name in ("model.safetensors", *FILES):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+    assert found.layers.bits_per_weight == 2.5
+    assert 0.09 < found.layers.nmse < 0.12
+    loaded = models.load(tmp_path / "ours", dtype="float32", device="cpu")
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_several_files(parent: Path, whole: Quantized, tmp_path: Path) -> None:
+    names = sorted(path.name for path in parent.glob("*.safetensors"))
+    assert len(names) > 3
+    assert sorted(path.name for path in whole.folder.glob("*.safetensors")) == names
+    model = while_loading(parent, tmp_path / "theirs")
+    same_tensors(whole.folder, tmp_path / "theirs")
+    assert whole.fingerprint.packed_sha256 == packed_sha256(model)
+    for name in names:
+        # What came from a file is in the file of the same name.
+        modules = {key.rpartition(".")[0] for key in read_header(whole.folder / name)}
+        assert modules == {key.rpartition(".")[0] for key in read_header(parent / name)}
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    ours, theirs = (
+        json.loads((folder / "model.safetensors.index.json").read_text())
+        for folder in (whole.folder, tmp_path / "theirs")
+    )
+    assert ours["metadata"] == theirs["metadata"]
+    assert ours["weight_map"] == {key: name for name in names for key in read_header(whole.folder / name)}
+    loaded = AutoModelForCausalLM.from_pretrained(whole.folder, output_loading_info=True)
+    assert not any(loaded[1].values())
+    assert torch.equal(loaded[0](IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", ["checkpoint", "bfloat16", "float16", "float32", "auto"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_dtypes(random_model: Callable[..., Path], tmp_path: Path, stored: torch.dtype, dtype: str) -> None:
+    parent = sharded(random_model("qwen2", False), tmp_path / "parent", "1GB", stored)
+    made(parent, tmp_path / "ours", dtype=dtype)
+    while_loading(parent, tmp_path / "theirs", dtype=dtype)
+    for name in ("model.safetensors", *FILES):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("said", ["bfloat16", None])
+def test_a_dtype_of_the_configuration_that_the_weights_do_not_have(
+    random_model: Callable[..., Path], tmp_path: Path, said: str | None
+) -> None:
+    """Loading casts to what the configuration says; where it says nothing, to the weights' own. Then it quantizes."""
+    parent = tmp_path / "parent"
+    shutil.copytree(random_model("llama"), parent)
+    config = json.loads((parent / "config.json").read_text())
+    (parent / "config.json").write_text(json.dumps({**config, "dtype": said}))
+    weights = load_file(parent / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float64)  # first in the file, not by name
+    if said is None:
+        weights = {name: t.half() if t.dtype == torch.float32 else t for name, t in weights.items()}
+    save_file(weights, parent / "model.safetensors", metadata={"format": "pt"})
+    made(parent, tmp_path / "ours")
+    while_loading(parent, tmp_path / "theirs")
+    same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    assert tensors(tmp_path / "ours")["model.norm.weight"].dtype == (torch.bfloat16 if said else torch.float16)
+
+
+@pytest.mark.parametrize("cast", ["checkpoint", "float16"])
+def test_modules_that_are_kept_in_float32(
+    random_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cast: str
+) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "_keep_in_fp32_modules", ["input_layernorm", "layers.1.mlp.up_proj"])
+    monkeypatch.setattr(Qwen2ForCausalLM, "_keep_in_fp32_modules_strict", ["k_proj"])
+    parent = sharded(random_model("qwen2", False), tmp_path / "parent", "1GB", torch.float16)
+    made(parent, tmp_path / "ours", dtype=cast)
+    while_loading(parent, tmp_path / "theirs", dtype=cast)
+    same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    found = tensors(tmp_path / "ours")
+    assert found["model.layers.0.input_layernorm.weight"].dtype == torch.float32
+    assert "model.layers.1.mlp.up_proj.weight" in found
+    assert found["model.layers.0.self_attn.k_proj.bias"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("head", ["also", "only"])
+@pytest.mark.parametrize("overrides", [{}, {"lm_head": {"nbits": 8}}], ids=["kept", "packed"])
+def test_a_tied_head_that_is_in_the_checkpoint(
+    random_model: Callable[..., Path], tmp_path: Path, head: str, overrides: dict[str, Any]
+) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(random_model("llama", True), parent)
+    weights = load_file(parent / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    if head == "only":
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, parent / "model.safetensors", metadata={"format": "pt"})
+    config = HqqPlusConfig(2, 32, overrides=overrides)
+    found = made(parent, tmp_path / "ours", config)
+    while_loading(parent, tmp_path / "theirs", config)
+    assert found.streamed
+    same_tensors(tmp_path / "ours", tmp_path / "theirs")
+
+
+# What cannot be done so ----------------------------------------------------------------------------------------------
+
+
+def test_fused_experts_are_loaded_as_a_whole(
+    random_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent = random_model("mixtral")
+    with caplog.at_level(logging.WARNING, "hqqplus"):
+        found = made(parent, tmp_path / "ours")
+    assert not found.streamed
+    (record,) = caplog.records
+    assert (
+        "has model.layers.0.block_sparse_moe.experts.0.w1.weight in its checkpoint, which is loaded as a part of"
+        in (record.getMessage())
+    )
+    model = while_loading(parent, tmp_path / "theirs")
+    same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    assert found.fingerprint.packed_sha256 == packed_sha256(model)
+    assert [layer.name for layer in found.layers.layers] == list(packed_modules(model))
+    assert found.layers.bits_per_weight == pytest.approx(bits_per_weight(model))
+    assert found.layers.total_bytes == sum(tensor.nbytes for tensor in tensors(tmp_path / "ours").values())
+    assert {"layers.json", "layers.md", "nmse.png", "hqqplus.json", "README.md"} <= set(tree(tmp_path / "ours"))
+
+
+def test_the_other_reasons(
+    random_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+    def untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}
+
+    for number, (change, reason) in enumerate(
+        [
+            (renamed, "has embed_tokens.weight in its checkpoint, which is loaded as model.embed_tokens.weight"),
+            (untied, "ties lm_head.weight to model.embed_tokens.weight, but has different ones"),
+        ]
+    ):
+        parent = tmp_path / str(number) / "parent"
+        shutil.copytree(random_model("llama", True), parent)
+        changed = change(load_file(parent / "model.safetensors"))
+        save_file(changed, parent / "model.safetensors", metadata={"format": "pt"})
+        caplog.clear()
+        config = HqqPlusConfig(2, 32)
+        found = made(parent, tmp_path / str(number) / "ours", config)
+        assert not found.streamed
+        assert reason in caplog.text
+        while_loading(parent, tmp_path / str(number) / "theirs", config)
+        same_tensors(tmp_path / str(number) / "ours", tmp_path / str(number) / "theirs")
+
+
+# Interruptions -------------------------------------------------------------------------------------------------------
+
+# Really killed, while layer number KILL is quantized.
+_KILLED = """
+import os, signal, sys
+import torch
+from hqqplus import HqqPlusConfig, partial
+from hqqplus.modules import observe_packing
+from hqqplus.streaming import quantize_checkpoint
+parent, output, config, kill, seconds = sys.argv[1:]
+torch.set_num_threads(1)
+partial._NOTE_SECONDS = float(seconds)
+seen = []
+def observe(name, weight, packed):
+    seen.append(name)
+    if len(seen) == int(kill):
+        os.kill(os.getpid(), signal.SIGKILL)
+with observe_packing(observe):
+    quantize_checkpoint(parent, output, HqqPlusConfig(**eval(config)), device="cpu", quiet=True)
+"""
+
+
+def killed(parent: Path, output: Path, at_layer: int, note_seconds: float = 1e9) -> None:
+    """Start `made` in another process, which is killed while it quantizes the layer of that number (from 1)."""
+    arguments = [str(parent), str(output), repr(MIXED), str(at_layer), str(note_seconds)]
+    done = subprocess.run([sys.executable, "-c", _KILLED, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def state(path: Path) -> tuple[int, int, int]:
+    """Which file it is, and when it was written: the same only if nobody wrote it again."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def layers_packed(call: Callable[[], Quantized]) -> tuple[list[str], Quantized]:
+    seen: list[str] = []
+    with observe_packing(lambda name, weight, packed: seen.append(name)):
+        return seen, call()
+
+
+def test_after_a_kill_finished_files_are_kept(parent: Path, whole: Quantized, tmp_path: Path) -> None:
+    output, work = tmp_path / "out", tmp_path / "out.partial"
+    killed(parent, output, at_layer=8)
+    assert not output.exists()
+    finished = {path.name: state(path) for path in (work / "model").iterdir()}
+    assert 1 <= len(finished) < len(list(parent.glob("*.safetensors")))
+    # And again, later.
+    killed(parent, output, at_layer=4)
+    later = {path.name: state(path) for path in (work / "model").iterdir()}
+    assert len(later) > len(finished)
+    assert {name: later[name] for name in finished} == finished
+
+    seen, found = layers_packed(lambda: made(parent, output))
+    assert sorted(found.kept) == sorted(later)
+    assert {name: state(output / name) for name in later} == later
+    in_kept = {key.rpartition(".")[0] for name in later for key in read_header(parent / name)}
+    assert not in_kept.intersection(seen)
+    assert tree(tmp_path) == ["out", *(f"out/{name}" for name in tree(whole.folder))]
+    for name in tree(whole.folder):
+        assert (output / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+def test_after_a_kill_a_file_in_work_is_continued(
+    random_model: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parent, output = random_model("llama"), tmp_path / "out"  # one file
+    expected, reference = layers_packed(lambda: made(parent, tmp_path / "whole"))
+    killed(parent, output, at_layer=9, note_seconds=0)
+    assert not list((tmp_path / "out.partial" / "model").iterdir())
+    capfd.readouterr()
+    seen, found = layers_packed(lambda: made(parent, output, quiet=False))
+    assert seen == expected[8:]
+    assert f"{output}.partial: goes on where it was, 0 of 1 files are finished" in capfd.readouterr().err
+    for name in tree(reference.folder):
+        assert (output / name).read_bytes() == (reference.folder / name).read_bytes(), name
+    assert found.layers == reference.layers
+    # Without a note nothing of the file counts.
+    killed(parent, tmp_path / "other", at_layer=9)
+    seen, found = layers_packed(lambda: made(parent, tmp_path / "other"))
+    assert seen == expected
+    assert found.kept == ()
+
+
+def test_a_kill_at_the_end_costs_no_layer(
+    parent: Path, whole: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "write_layers", stop)
+        with pytest.raises(KeyboardInterrupt):
+            made(parent, tmp_path / "out")
+    assert tree(tmp_path)[0] == "out.partial"
+    seen, found = layers_packed(lambda: made(parent, tmp_path / "out"))
+    assert seen == []
+    assert len(found.kept) == len(list(parent.glob("*.safetensors")))
+    for name in tree(whole.folder):
+        assert (tmp_path / "out" / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("damage", ["size", "header", "missing", "layers"])
+def test_a_finished_file_that_is_not_as_it_was_is_made_again(
+    parent: Path, whole: Quantized, tmp_path: Path, damage: str
+) -> None:
+    killed(parent, tmp_path / "out", at_layer=12)
+    work = tmp_path / "out.partial"
+    progress = json.loads((work / "progress.json").read_text())
+    path = work / "model" / next(iter(progress["files"]))
+    if damage == "size":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "header":
+        path.write_bytes(path.read_bytes().replace(b'"U8"', b'"I8"'))
+    elif damage == "missing":
+        path.unlink()
+    else:
+        (work / "progress.json").write_text(json.dumps({**progress, "layers": {}}))
+    found = made(parent, tmp_path / "out")
+    assert len(found.kept) <= len(progress["files"]) - 1
+    for name in tree(whole.folder):
+        assert (tmp_path / "out" / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"config": {**MIXED, "nbits": 4}}, r"with other settings \(nbits: 2 -> 4\)"),
+        ({"dtype": "bfloat16"}, r"with other settings \(dtype: checkpoint -> torch.bfloat16\)"),
+        ({"versions": {"hqqplus": "9"}}, r"with other settings \(hqqplus: None -> 9\)"),
+        ({"parent": True}, r"an unfinished quantization of another checkpoint"),
+    ],
+)
+def test_work_on_something_else_is_refused_and_left_alone(
+    parent: Path, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    copy = tmp_path / "parent"
+    shutil.copytree(parent, copy)
+    killed(copy, tmp_path / "out", at_layer=8)
+    before = {path: state(path) for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
+    config = HqqPlusConfig(**change.pop("config", MIXED))
+    if change.pop("parent", False):
+        os.utime(copy / "config.json")
+    with pytest.raises(UserError, match=rf"^output: {tmp_path}/out\.partial: .*{says}: delete it, or name another"):
+        made(copy, tmp_path / "out", config, **change)
+    assert {path: state(path) for path in (tmp_path / "out.partial").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", [None, "thesis.txt", "progress.json"])
+def test_a_folder_of_that_name_that_is_none_of_ours(parent: Path, tmp_path: Path, content: str | None) -> None:
+    work = tmp_path / "out.partial"
+    if content is None:
+        work.write_text("precious")
+    else:
+        work.mkdir()
+        (work / content).write_text("precious")
+    with pytest.raises(UserError, match=rf"^output: {work}: this (file|folder) is in the way"):
+        made(parent, tmp_path / "out")
+    assert (work if content is None else work / content).read_text() == "precious"
+
+
+def test_two_at_once_are_refused(parent: Path, tmp_path: Path) -> None:
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    with (
+        files.locked_folder(work, "output"),
+        pytest.raises(UserError, match=f"^output: {work}: another process is at work there"),
+    ):
+        made(parent, tmp_path / "out")
+    made(parent, tmp_path / "out")
+
+
+# The disk ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_work(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(UserError, match=r"^output: .*/out: [\d,]+ bytes are needed on that disk, 1,000,000 are free$"):
+        made(parent, tmp_path / "out")
+    assert tree(tmp_path) == []
+
+
+def test_what_is_there_already_needs_no_room(
+    parent: Path, whole: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(parent, tmp_path / "out", at_layer=12)
+    there = sum(path.stat().st_size for path in (tmp_path / "out.partial" / "model").iterdir())
+    needed = sum(path.stat().st_size for path in whole.folder.glob("*.safetensors")) + streaming._SMALL_BYTES
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - there - 2**15))
+    with pytest.raises(UserError, match="bytes are needed on that disk"):
+        made(parent, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "progress.json").is_file()  # what was done is not lost
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - there))
+    assert made(parent, tmp_path / "out").kept
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_becomes_full_leaves_what_is_finished(
+    parent: Path, whole: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real, written = os.pwrite, 0
+
+    def full(handle: int, data: Any, place: int) -> int:
+        nonlocal written
+        if written > 40_000:
+            raise OSError(number, "full")
+        written += len(data)
+        return real(handle, data, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(UserError) as caught:
+            made(parent, tmp_path / "out")
+    message = str(caught.value)
+    assert message.startswith(f"output: {tmp_path}/out: the disk ")
+    assert message.endswith("bytes are free): make room and run it again, it goes on where it was")
+    assert not (tmp_path / "out").exists()
+    finished = {path.name: state(path) for path in (tmp_path / "out.partial" / "model").iterdir()}
+    assert finished
+    found = made(parent, tmp_path / "out")
+    assert sorted(found.kept) == sorted(finished)
+    assert {name: state(tmp_path / "out" / name) for name in finished} == finished
+    same_tensors(tmp_path / "out", whole.folder)
+
+
+def test_a_disk_that_is_full_from_the_start_gets_its_room_back(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        made(parent, tmp_path / "out")
+    assert tree(tmp_path) == []
+
+
+def test_a_full_disk_on_the_other_route(
+    random_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+    from transformers import MixtralForCausalLM
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(MixtralForCausalLM, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"^output: .*: the disk is full \([\d,]+ bytes are free\): make room"):
+        made(random_model("mixtral"), tmp_path / "out")
+    assert tree(tmp_path) == []
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="1,000 are free"):
+        made(random_model("mixtral"), tmp_path / "out")
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_what_is_not_finite_is_named_and_nothing_left(
+    random_model: Callable[..., Path], tmp_path: Path, name: str, value: float
+) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(random_model("llama"), parent)
+    weights = load_file(parent / "model.safetensors")
+    weights[name].view(-1)[5] = value
+    save_file(weights, parent / "model.safetensors", metadata={"format": "pt"})
+    for note_seconds in (1e9, 0.0):  # also if something was noted as finished
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(partial, "_NOTE_SECONDS", note_seconds)
+            with pytest.raises(UserError, match=rf"^model: {parent}: {name}: .*NaN or infinite"):
+                made(parent, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["parent"]
+
+
+def test_what_does_not_fit_the_asked_dtype_is_named(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(random_model("llama"), parent)
+    weights = load_file(parent / "model.safetensors")
+    weights["model.norm.weight"][3] = 1e6
+    save_file(weights, parent / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight: .* NaN or infinite values in torch\.float16"):
+        made(parent, tmp_path / "out", dtype="float16")
+    made(parent, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ("cut o", "a JSON file of it is truncated or damaged"),
+        ("[]", "there is no weight_map in it"),
+        ('{"weight_map": {}}', "there is no weight_map in it"),
+        ('{"weight_map": {"a": "../other/model.safetensors"}}', "is not the name of a safetensors file beside it"),
+        ('{"weight_map": {"a": "weights.bin"}}', "is not the name of a safetensors file beside it"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "there is no gone.safetensors, which"),
+    ],
+)
+def test_an_index_that_is_of_no_use(parent: Path, tmp_path: Path, index: str, says: str) -> None:
+    copy = tmp_path / "parent"
+    shutil.copytree(parent, copy)
+    (copy / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=rf"^model: {copy}: .*{says}"):
+        made(copy, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["parent"]
+
+
+def test_weights_in_pickles_are_refused(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(random_model("llama"), parent)
+    torch.save(load_file(parent / "model.safetensors"), parent / "pytorch_model.bin")
+    (parent / "model.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=rf"^model: {parent}: there is neither model.safetensors nor model.safetensors"
+    ):
+        made(parent, tmp_path / "out")
+
+
+def test_a_shape_that_the_configuration_does_not_ask_for(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(random_model("llama"), parent)
+    config = json.loads((parent / "config.json").read_text())
+    (parent / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    with pytest.raises(UserError, match=r"mlp\.\w+_proj\.weight has not the shape that config\.json asks for"):
+        made(parent, tmp_path / "out")
+
+
+def test_tensors_that_are_none_of_the_models_are_left_out(
+    random_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(random_model("llama"), parent)
+    more = {**load_file(parent / "model.safetensors"), "extra.weight": torch.ones(2)}
+    save_file(more, parent / "model.safetensors", metadata={"format": "pt"})
+    made(parent, tmp_path / "ours")
+    assert "1 tensors of the checkpoint are none of the model's, such as extra.weight" in caplog.text
+    while_loading(parent, tmp_path / "theirs")
+    same_tensors(tmp_path / "ours", tmp_path / "theirs")
+
+
+# A hub model ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_model_is_fetched_by_its_index(
+    parent: Path, whole: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--some--model" / "snapshots" / commit
+    calls: list[tuple[str | None, list[str]]] = []
+
+    def download(name: str, *, revision: str | None = None, allow_patterns: list[str]) -> str:
+        assert name == "some/model"
+        calls.append((revision, allow_patterns))
+        cache.mkdir(parents=True, exist_ok=True)
+        for path in parent.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, cache)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_tokenizer = models.load_tokenizer
+    monkeypatch.setattr(models, "load_tokenizer", lambda name, **options: load_tokenizer(str(parent)))
+    (parent / "consolidated.safetensors").write_bytes(b"the same weights in another format")
+    try:
+        found = made(Path("some/model"), tmp_path / "out", revision="main")
+        again = made(Path("some/model"), tmp_path / "again")
+    finally:
+        (parent / "consolidated.safetensors").unlink()
+    assert calls[0][0] == "main"
+    assert "*.safetensors" not in calls[0][1]
+    assert calls[1][0] == commit
+    assert not (cache / "consolidated.safetensors").exists()
+    assert (found.fingerprint.base, found.fingerprint.revision) == ("some/model", "main")
+    assert again.fingerprint.revision == commit
+    same_tensors(tmp_path / "out", whole.folder)
+
+
+# From above ----------------------------------------------------------------------------------------------------------
+
+
+def test_quantize_folder_returns_what_it_wrote(parent: Path, whole: Quantized, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    model = models.quantize_folder(str(parent), tmp_path / "out", HqqPlusConfig(**MIXED), device="cpu")
+    assert packed_sha256(model) == whole.fingerprint.packed_sha256
+    assert not (tmp_path / "out" / "old.txt").exists()
+    same_tensors(tmp_path / "out", whole.folder)
+
+
+def test_the_summary_is_json(whole: Quantized) -> None:
+    values = json.loads(json.dumps(whole.to_json()))
+    assert values["packed_sha256"] == whole.fingerprint.packed_sha256
+    assert values["streamed"] is True
+    assert values["kept_files"] == []
+    assert values["bits_per_weight"] == whole.layers.bits_per_weight
+    assert "layers" not in values
