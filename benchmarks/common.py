@@ -69,7 +69,7 @@ def perplexity(model: Any, at: Any) -> float:
 
 
 def timed(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[Any, float]]:
-    """(last result, median seconds) of each function, in turns: where a machine's speed drifts only ratios mean much."""
+    """(last result, median seconds) of each function, in turns: where speed drifts only ratios mean much."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     results: dict[str, Any] = {}
     for _ in range(repeats):

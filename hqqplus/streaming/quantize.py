@@ -2,7 +2,7 @@
 
 Each safetensors file of the checkpoint becomes one of the same name with packed tensors in it. No more than one weight
 is in memory, whatever the size of the model or of its files, and what is written is not done again after a kill
-(`hqqplus.partial`). The tensors are, byte for byte, those that quantizing while loading gives.
+(`hqqplus.streaming.partial`). The tensors are, byte for byte, those that quantizing while loading gives.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 
 from hqqplus import models
 from hqqplus.adapters.fingerprint import Fingerprint, sha256_of_layers
-from hqqplus.checkpoint import INDEX, SINGLE, dtype_of, fetch, identity
 from hqqplus.errors import UserError
 from hqqplus.evaluation.layers import Layer, Layers, write_layers
 from hqqplus.files import check_output, check_space, full_disk, replacing_folder, write_json
 from hqqplus.modules import PackedEmbedding, observe_packing, packed_modules
-from hqqplus.partial import FileInWork, PartialFolder, partial_folder
 from hqqplus.progress import WeightProgress
 from hqqplus.quantization import PackedTensor
 from hqqplus.quantization.statistics import LayerStatistics, layer_statistics
 from hqqplus.quantization.tensor import state_shapes
 from hqqplus.shards import Form, SafetensorsWriter, StoredTensor, byte_size, read_header
+from hqqplus.streaming.checkpoint import INDEX, SINGLE, dtype_of, fetch, identity
+from hqqplus.streaming.partial import FileInWork, PartialFolder, partial_folder
 
 if TYPE_CHECKING:
     from hqqplus.integrations.skeleton import Skeleton

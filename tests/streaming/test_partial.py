@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hqqplus import partial
-from hqqplus.partial import PartialFolder, partial_folder
 from hqqplus.quantization.statistics import LayerStatistics
 from hqqplus.shards import Form
+from hqqplus.streaming import partial
+from hqqplus.streaming.partial import PartialFolder, partial_folder
 
 STATISTICS = LayerStatistics((2, 4), 2, 64, 1, 16, 0.1, 2.5, 0.0, 0.0)
 FILES: dict[str, dict[str, Form]] = {

@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hqqplus import HqqPlusConfig, files, models, partial, streaming
+from hqqplus import HqqPlusConfig, files, models
 from hqqplus.adapters.fingerprint import Fingerprint, packed_sha256
 from hqqplus.errors import UserError
 from hqqplus.modules import bits_per_weight, observe_packing, packed_modules
 from hqqplus.shards import read_header
-from hqqplus.streaming import Quantized, quantize_checkpoint
+from hqqplus.streaming import Quantized, partial, quantize_checkpoint
+from hqqplus.streaming import quantize as streaming
 from tests.conftest import ROOT
 
 IDS = torch.arange(3, 35).view(1, -1)
@@ -292,11 +293,11 @@ def test_the_other_reasons(
 
 # Really killed, while layer number KILL is quantized.
 _KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 import torch
-from hqqplus import HqqPlusConfig, partial
+from hqqplus import HqqPlusConfig
 from hqqplus.modules import observe_packing
-from hqqplus.streaming import quantize_checkpoint
+from hqqplus.streaming import partial, quantize_checkpoint
 parent, output, config, kill, seconds = sys.argv[1:]
 torch.set_num_threads(1)
 partial._NOTE_SECONDS = float(seconds)
@@ -306,13 +307,13 @@ def observe(name, weight, packed):
     if len(seen) == int(kill):
         os.kill(os.getpid(), signal.SIGKILL)
 with observe_packing(observe):
-    quantize_checkpoint(parent, output, HqqPlusConfig(**eval(config)), device="cpu", quiet=True)
+    quantize_checkpoint(parent, output, HqqPlusConfig(**json.loads(config)), device="cpu", quiet=True)
 """
 
 
 def killed(parent: Path, output: Path, at_layer: int, note_seconds: float = 1e9) -> None:
     """Start `made` in another process, which is killed while it quantizes the layer of that number (from 1)."""
-    arguments = [str(parent), str(output), repr(MIXED), str(at_layer), str(note_seconds)]
+    arguments = [str(parent), str(output), json.dumps(MIXED), str(at_layer), str(note_seconds)]
     done = subprocess.run([sys.executable, "-c", _KILLED, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
