@@ -33,8 +33,12 @@ def hqq_dequantized(weight: Tensor, nbits: int, group_size: int, axis: int = 1) 
     padding = -size % group_size
     pad = (0, padding) if axis == 1 else (0, 0, 0, padding)
     settings: dict[str, Any] = {"nbits": nbits, "group_size": group_size, "axis": axis}
-    packed, meta = Quantizer.quantize(  # works in place on what it is given
-        nn.functional.pad(weight.float(), pad).clone(), **settings, device="cpu", compute_dtype=torch.float32
+    packed, meta = Quantizer.quantize(  # works in place on what it is given; its 3-bit packing fails for some shapes
+        nn.functional.pad(weight.float(), pad).clone(),
+        **settings,
+        device="cpu",
+        compute_dtype=torch.float32,
+        bitpack=False,
     )
     return Quantizer.dequantize(packed, meta).float()[:rows, :width]
 

@@ -10,6 +10,7 @@ Seconds are medians taken in turns: read their ratio, not their values. Perplexi
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -232,16 +233,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     result: dict[str, Any] = {}
-    if "nmse" in args.parts:
-        result["nmse"] = part_nmse(args.repeats)
-    if "speed" in args.parts:
-        result["speed"] = part_speed(args.repeats)
-    if "optimum" in args.parts:
-        result["optimum"] = part_optimum(args.groups_share)
-    if "perplexity" in args.parts:
-        result["perplexity"] = part_perplexity()
+    if args.output and args.output.exists():
+        result = json.loads(args.output.read_text(encoding="utf-8"))  # parts that are not measured now stay
+    parts = {
+        "speed": lambda: part_speed(args.repeats),
+        "nmse": lambda: part_nmse(args.repeats),
+        "optimum": lambda: part_optimum(args.groups_share),
+        "perplexity": part_perplexity,
+    }
+    for name, measure in parts.items():
+        if name in args.parts:
+            result[name] = measure()
+            write_result(args.output, result, "hqq")
     print(tables(result))
-    write_result(args.output, result, "hqq")
 
 
 if __name__ == "__main__":

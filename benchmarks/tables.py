@@ -16,11 +16,26 @@ ROOT = Path(__file__).resolve().parent.parent
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def solver_nmse(result: dict[str, Any]) -> str:
-    lines = ["| bits / group | bits per weight | hqq 0.2.8 | hqqplus |", "|---|---|---|---|"]
+def solver(result: dict[str, Any]) -> str:
+    """Gaussian weights: errors and how many times as fast, on the same matrix in the same run."""
+    lines = ["| bits / group | bits per weight | hqq 0.2.8 | hqqplus | times as fast |", "|---|---|---|---|---|"]
+    for row in result["nmse"]:
+        if row["weights"] == "Gaussian":
+            name, ratio = f"{row['nbits']} / {row['group_size']}", row["seconds_hqq"] / row["seconds"]
+            errors = f"{row['nmse_hqq']:.3g} | **{row['nmse']:.3g}**"
+            lines.append(f"| {name} | {row['bits_per_weight']:.2f} | {errors} | {ratio:.1f} |")
+    return "\n".join(lines)
+
+
+def methods(result: dict[str, Any]) -> str:
+    lines = [
+        "| method | bits per weight | bytes on disk | load, s | perplexity | ln drop |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
-        name = f"{row['nbits']} / {row['group_size']}"
-        lines.append(f"| {name} | {row['bits_per_weight']:.2f} | {row['nmse_hqq']:.3g} | **{row['nmse']:.3g}** |")
+        figures = f"{row['perplexity']:.2f} | {row['drop']:.3f}"
+        size = f"{row['bits_per_weight']:.2f} | {row['bytes']:,} | {row['seconds_load']:.2f}"
+        lines.append(f"| {row['method']} | {size} | {figures} |")
     return "\n".join(lines)
 
 
@@ -48,7 +63,8 @@ def embedded_2bit(result: dict[str, Any]) -> str:
 def render(file: str) -> str:
     path = ROOT / file
     makers = {
-        "solver_nmse": solver_nmse,
+        "solver": solver,
+        "methods": methods,
         "recovery_vs_reference": recovery_vs_reference,
         "embedded_2bit": embedded_2bit,
     }

@@ -16,10 +16,12 @@ from hqqplus.integrations import register_when_imported
 if TYPE_CHECKING:
     from hqqplus.allocation import allocate, describe_plan, hybrid_plan
     from hqqplus.integrations.transformers import HqqPlusConfig, quantize_model
+    from hqqplus.kernels import quantize
     from hqqplus.models import export, load, quantize_folder
     from hqqplus.modules import PackedEmbedding, PackedLinear
-    from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, candidate_specs, quantize
+    from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, SolverOptions, candidate_specs
     from hqqplus.recipe import Recipe, load_recipe
+    from hqqplus.streaming import quantize_checkpoint
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,7 @@ _HOMES = {
     "QuantPlan": "hqqplus.quantization",
     "QuantSpec": "hqqplus.quantization",
     "Recipe": "hqqplus.recipe",
+    "SolverOptions": "hqqplus.quantization",
     "allocate": "hqqplus.allocation",
     "candidate_specs": "hqqplus.quantization",
     "describe_plan": "hqqplus.allocation",
@@ -38,7 +41,8 @@ _HOMES = {
     "hybrid_plan": "hqqplus.allocation",
     "load": "hqqplus.models",
     "load_recipe": "hqqplus.recipe",
-    "quantize": "hqqplus.quantization",
+    "quantize": "hqqplus.kernels",
+    "quantize_checkpoint": "hqqplus.streaming",
     "quantize_folder": "hqqplus.models",
     "quantize_model": "hqqplus.integrations.transformers",
 }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hqqplus.kernels import quantize  # importing it registers torch.ops.hqqplus
 from hqqplus.modules.packed import PackedState
-from hqqplus.quantization import QuantSpec
+from hqqplus.quantization import QuantSpec, SolverOptions
 
 
 class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight is a read-only property here
@@ -45,14 +45,23 @@ class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight 
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, spec: QuantSpec) -> Self:
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        spec: QuantSpec,
+        options: SolverOptions | None = None,
+        importance: Tensor | None = None,
+    ) -> Self:
         """Quantize `linear`. Its bias is taken over (frozen), its weight is left alone.
+
+        Args:
+            options, importance: as in `quantization.quantize`.
 
         Raises:
             ValueError: if the weight holds NaN or infinite values.
         """
         layer = cls(linear.in_features, linear.out_features, False, spec, linear.weight.dtype, device="meta")
-        layer.set_packed(quantize(linear.weight, spec))
+        layer.set_packed(quantize(linear.weight, spec, options, importance))
         layer.take_bias(linear)
         return layer.train(linear.training)
 

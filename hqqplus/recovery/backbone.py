@@ -18,6 +18,7 @@ from hqqplus.files import check_output
 from hqqplus.integrations.transformers import HqqPlusConfig
 from hqqplus.modules import observe_packing
 from hqqplus.recipe import Recipe
+from hqqplus.streaming import quantize_checkpoint
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def load_backbone(recipe: Recipe, device: torch.device, versions: dict[str, str]
     # One process quantizes and writes; all of them read what it wrote.
     with state.main_process_first():
         if state.is_main_process and not Path(saved).exists():
-            models.quantize_folder(
+            quantize_checkpoint(
                 name,
                 saved,
                 config,
