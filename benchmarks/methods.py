@@ -5,7 +5,7 @@
 For each: bits per weight of the quantized layers with everything that is stored counted, bytes of all files of the
 saved model, seconds to load it, perplexity on the validation stories, and the drop against the parent,
 ln(perplexity / parent's). Only the linear layers are quantized, the embedding and the head stay as they are, by each
-method alike. Everything is saved to disk and loaded back before it is measured. NF4 and hqqplus load by transformers;
+method alike, in bfloat16. Everything is saved to disk and loaded back before it is measured. NF4 and hqqplus load by transformers;
 hqq, which transformers 5 cannot load, is saved as its own tensors, loaded by a loop and dequantized.
 """
 
@@ -49,7 +49,7 @@ def nf4(parent: Path, folder: Path) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    model = AutoModelForCausalLM.from_pretrained(parent, quantization_config=config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(parent, quantization_config=config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -70,7 +70,8 @@ def hqqplus(parent: Path, folder: Path, nbits: int, group: int, metadata_bits: i
     from hqqplus.models import quantize_folder
     from hqqplus.modules import bits_per_weight
 
-    quantize_folder(str(parent), folder / "packed", HqqPlusConfig(nbits, group, metadata_bits=metadata_bits))
+    config = HqqPlusConfig(nbits, group, metadata_bits=metadata_bits)
+    quantize_folder(str(parent), folder / "packed", config, dtype="bfloat16")
     started = time.perf_counter()
     model = load(folder / "packed", dtype="float32", device="cpu")
     seconds = time.perf_counter() - started

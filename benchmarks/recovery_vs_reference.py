@@ -32,7 +32,7 @@ def recipe_dict(args: argparse.Namespace, output_dir: str) -> dict[str, Any]:
     stories = SHARED / "data" / "tinystories"
     return {
         "model": {"name_or_path": str(SHARED / "models" / args.model)},
-        "quantization": {"nbits": args.nbits, "group_size": args.group_size},
+        "quantization": {"nbits": args.nbits, "group_size": args.group_size, "metadata_bits": 16},  # as hqq has
         "adapter": {
             "r": args.rank,
             "lora_alpha": 2 * args.rank,

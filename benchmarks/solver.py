@@ -1,6 +1,6 @@
 """The solver beside PyPI hqq 0.2.8: error, speed, distance to the optimum, perplexity without recovery.
 
-    python benchmarks/solver.py [--parts nmse speed optimum perplexity] [--output benchmarks/results/solver.json]
+    python benchmarks/solver.py [--parts nmse speed metadata optimum perplexity] [--output FILE]
 
 Both quantize the same matrices in the same run, in groups along the input (axis 1; for perplexity also hqq's axis 0).
 Seconds are medians taken in turns: read their ratio, not their values. Perplexity is that of real small models in
@@ -110,6 +110,26 @@ def part_speed(repeats: int) -> list[dict[str, Any]]:
             f"{seconds['hqq'] / seconds['ours']:.1f} times as fast",
             flush=True,
         )
+    return rows
+
+
+def part_metadata() -> list[dict[str, Any]]:
+    """What 8-bit scales and offsets cost, and what smaller groups make of the room."""
+    rows = []
+    for name, weight in weights().items():
+        for nbits in BITS:
+            for group in (32, 64):
+                row: dict[str, Any] = {"weights": name, "nbits": nbits, "group_size": group}
+                for bits in (8, 16):
+                    packed = quantize(weight, QuantSpec(nbits, group, metadata_bits=bits))
+                    row |= {f"nmse_{bits}": packed.nmse(weight), f"bits_per_weight_{bits}": packed.bits_per_weight}
+                rows.append(row)
+                print(
+                    f"{name:16} {nbits} / {group}: 16-bit metadata {row['nmse_16']:.5f} "
+                    f"({row['bits_per_weight_16']:.3f} bpw), 8-bit {row['nmse_8']:.5f} "
+                    f"({row['bits_per_weight_8']:.3f} bpw), {100 * (row['nmse_8'] / row['nmse_16'] - 1):+.3f} %",
+                    flush=True,
+                )
     return rows
 
 
@@ -226,7 +246,7 @@ def tables(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = ["nmse", "speed", "optimum", "perplexity"]
+    choices = ["nmse", "speed", "metadata", "optimum", "perplexity"]
     parser.add_argument("--parts", nargs="+", choices=choices, default=choices)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--groups-share", type=float, default=1.0, help="of the groups of part optimum (slow)")
@@ -238,6 +258,7 @@ def main() -> None:
     parts = {
         "speed": lambda: part_speed(args.repeats),
         "nmse": lambda: part_nmse(args.repeats),
+        "metadata": part_metadata,
         "optimum": lambda: part_optimum(args.groups_share),
         "perplexity": part_perplexity,
     }
