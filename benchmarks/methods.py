@@ -5,8 +5,8 @@
 For each: bits per weight of the quantized layers with everything that is stored counted, bytes of all files of the
 saved model, seconds to load it, perplexity on the validation stories, and the drop against the parent,
 ln(perplexity / parent's). Only the linear layers are quantized, the embedding and the head stay as they are, by each
-method alike, in bfloat16. Everything is saved to disk and loaded back before it is measured. NF4 and hqqplus load by transformers;
-hqq, which transformers 5 cannot load, is saved as its own tensors, loaded by a loop and dequantized.
+method alike, in bfloat16. Everything is saved to disk and loaded back before it is measured. NF4 and hqqplus load by
+transformers; hqq, which transformers 5 cannot load, is saved as its own tensors, loaded by a loop and dequantized.
 """
 
 from __future__ import annotations

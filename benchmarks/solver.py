@@ -133,7 +133,7 @@ def part_metadata() -> list[dict[str, Any]]:
     return rows
 
 
-def part_optimum(scale: float) -> list[dict[str, Any]]:
+def part_optimum(scale: float, thorough: bool) -> list[dict[str, Any]]:
     """How far the search ends from the best grid there is, before anything is rounded for storage."""
     rng = np.random.default_rng(0)
     real = np.concatenate(
@@ -156,7 +156,7 @@ def part_optimum(scale: float) -> list[dict[str, Any]]:
             for kind, groups in kinds.items():
                 x = torch.tensor(groups, dtype=torch.float32)
                 middle, half = (x.amin(1) + x.amax(1)) / 2, (x.amax(1) - x.amin(1)) / 2
-                s, o = solver.fit(((x - middle[:, None]) / half[:, None]).t().contiguous(), None, nbits)
+                s, o = solver.fit(((x - middle[:, None]) / half[:, None]).t().contiguous(), None, nbits, thorough)
                 s, o = (s.squeeze(0) * half).double(), (o.squeeze(0) * half + middle).double()
                 codes = ((x - o[:, None]) / s[:, None]).round().clamp(0, 2**nbits - 1)
                 found = (x - s[:, None] * codes - o[:, None]).square().sum(1).numpy()
@@ -246,7 +246,7 @@ def tables(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = ["nmse", "speed", "metadata", "optimum", "perplexity"]
+    choices = ["nmse", "speed", "metadata", "optimum", "optimum_thorough", "perplexity"]
     parser.add_argument("--parts", nargs="+", choices=choices, default=choices)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--groups-share", type=float, default=1.0, help="of the groups of part optimum (slow)")
@@ -259,7 +259,8 @@ def main() -> None:
         "speed": lambda: part_speed(args.repeats),
         "nmse": lambda: part_nmse(args.repeats),
         "metadata": part_metadata,
-        "optimum": lambda: part_optimum(args.groups_share),
+        "optimum": lambda: part_optimum(args.groups_share, thorough=False),
+        "optimum_thorough": lambda: part_optimum(args.groups_share, thorough=True),
         "perplexity": part_perplexity,
     }
     for name, measure in parts.items():

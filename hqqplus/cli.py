@@ -72,6 +72,7 @@ def quantize(
     down_proj: Annotated[int | None, typer.Option(help="bits at least for the MLPs' down projections")] = None,
     gain: Annotated[float, typer.Option(help="exponent of the row gain, 0 to 1")] = 0.0,
     lp_norm: Annotated[float, typer.Option(help="2: least squares; below 1: a robust norm")] = 2.0,
+    thorough: Annotated[bool, typer.Option("--thorough", help="search several times as long")] = False,
     revision: Revision = None,
     dtype: Annotated[str, typer.Option(help="of what is not packed: auto (the checkpoint's), bfloat16, ...")] = "auto",
     device: Device = None,
@@ -97,7 +98,7 @@ def quantize(
             metadata_bits=metadata_bits,
             overrides=changes,
             modules_to_not_convert=skip or None,
-            solver={"lp_norm": lp_norm, "gain": gain},
+            solver={"lp_norm": lp_norm, "gain": gain, "thorough": thorough},
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"quantize: {error}") from None

@@ -43,7 +43,7 @@ TRACKERS = (
 """What transformers can report to."""
 
 SPEC_FIELDS = ("nbits", "group_size", "axis", "metadata_dtype", "metadata_bits")
-SOLVER_FIELDS = ("lp_norm", "threshold", "gain")
+SOLVER_FIELDS = ("lp_norm", "threshold", "gain", "thorough")
 REQUIRED = "missing, and it is required"
 EMPTY = "empty; a name is needed"
 FORMS = "exactly one of text_field, prompt + completion, and messages"
@@ -106,6 +106,8 @@ def _spec_problem(name: str, value: Any) -> str | None:
     needed: tuple[str, Any] = ("an integer", int)
     if name == "metadata_dtype":
         needed = ("a string", str)
+    elif name == "thorough":
+        return None if isinstance(value, bool) else wrong_type(value, "true or false")
     elif name in SOLVER_FIELDS:
         needed = ("a number", int | float)
     if not isinstance(value, needed[1]) or isinstance(value, bool):
@@ -280,6 +282,7 @@ class Quantization(Section):
     lp_norm: Annotated[float, BeforeValidator(_spec_value)] = 2.0
     threshold: Annotated[float, BeforeValidator(_spec_value)] = 0.5
     gain: Annotated[float, BeforeValidator(_spec_value)] = 0.0
+    thorough: Annotated[bool, BeforeValidator(_spec_value)] = False
     save_to: Name | None = None
 
     def plan(self) -> QuantPlan:

@@ -56,7 +56,7 @@ class HqqPlusConfig(QuantizationConfigMixin):
         metadata_bits: int = 8,
         overrides: Mapping[str, Mapping[str, Any]] | Sequence[tuple[str, Mapping[str, Any]]] | None = None,
         modules_to_not_convert: list[str] | None = None,
-        solver: Mapping[str, float] | None = None,
+        solver: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a plain string is enough

@@ -58,8 +58,8 @@ _OPTIONS: dict[str, Any] = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion":
 
 def supports(matrix: Tensor, spec: QuantSpec, options: SolverOptions | None = None) -> bool:
     """Whether `solve` takes this matrix [rows, width]: on a CUDA device (or any under the interpreter), of float32,
-    float16 or bfloat16, in groups of at most 256 weights, by least squares. Raises nothing."""
-    if triton is None or matrix.dim() != 2 or (options is not None and options.lp_norm != 2):
+    float16 or bfloat16, in groups of at most 256 weights, by least squares and not thoroughly. Raises nothing."""
+    if triton is None or matrix.dim() != 2 or (options is not None and (options.lp_norm != 2 or options.thorough)):
         return False
     if matrix.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 # Groups up to this size are searched in full at two bits: 6,545 triples.
-_FULL = 32
+EXACT_GROUP = 32
 _STARTS, _FINALISTS = 8, 4
 # Grids (scale, offset) over a range of [-1, 1] whose cuts are looked at beside the lattice: what the lattice misses
 # are values that come in lumps, between which these cut cleanly.
@@ -181,7 +181,7 @@ def _cuts_of(ordered: Tensor, scale: float, offset: float) -> Tensor:
 @lru_cache
 def _lattice(size: int) -> tuple[list[int], int]:
     """(cut positions to start from, the widest gap between two), dense at the ends, for outliers to be cut off."""
-    if size <= _FULL:
+    if size <= EXACT_GROUP:
         return list(range(size + 1)), 1
     inner = 17 if size <= 64 else 25
     even = {round(i * size / (inner - 1)) for i in range(inner)}

@@ -16,23 +16,45 @@ Groups are columns: tensors are [g, n], so that each step is one pass over memor
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _ITERATIONS = 6
-_WIDTHS, _PLACES, _STARTS = 26, 4, 10
+
+
+@dataclass(frozen=True)
+class Search:
+    """How many grids are tried.
+
+    Attributes:
+        widths: of so many widths, in
+        places: so many places a step each;
+        starts: from so many of them the alternation descends,
+        near: and from so many of those around the best found.
+    """
+
+    widths: int
+    places: int
+    starts: int
+    near: int
+
+
+QUICK, THOROUGH = Search(26, 4, 10, 3), Search(80, 6, 40, 6)
+
 # Below this share of the range a grid leaves out tails and is placed about the mean, above about the middle.
 _TAILS = 0.75
 _INDEX_BITS = 5
 # The second look: changes of the grid's width and place, both in its steps.
 _NEAR = tuple((wider, shift) for wider in (-0.4, -0.2, 0.2, 0.4) for shift in (-0.33, 0.0, 0.33))
-_NEAR_STARTS = 3
 
 
-def best_grid(values: Tensor, importance: Tensor | None, qmax: int) -> tuple[Tensor, Tensor]:
-    """The scale and offset [1, n] of least squared error found for groups `values` [g, n] with codes 0..`qmax`.
+def best_grid(
+    values: Tensor, importance: Tensor | None, qmax: int, search: Search = QUICK
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(squared error, scale, offset), each [1, n], of the best grid found for groups `values` [g, n], codes 0..`qmax`.
 
     Args:
         values: in units of half the group's range, about its middle: in [-1, 1].
@@ -40,7 +62,7 @@ def best_grid(values: Tensor, importance: Tensor | None, qmax: int) -> tuple[Ten
     """
     fit = _Fit(values, importance, qmax)
     about_mean = values - fit.mean
-    peaks, grids = [], _grids(values.shape[0], qmax)
+    peaks, grids = [], _grids(values.shape[0], qmax, search)
     for width, shifts in grids:
         source = about_mean if width < _TAILS else values
         peak = None
@@ -50,7 +72,7 @@ def best_grid(values: Tensor, importance: Tensor | None, qmax: int) -> tuple[Ten
         assert peak is not None
         peaks.append(peak)
     ranked = torch.stack(peaks)  # [widths, n]
-    best_widths = ranked.topk(min(_STARTS, len(grids)), 0, largest=False).indices  # [starts, n]
+    best_widths = ranked.topk(min(search.starts, len(grids)), 0, largest=False).indices  # [starts, n]
     places = ranked.gather(0, best_widths) & (2**_INDEX_BITS - 1)
     widths = values.new_tensor([width for width, _ in grids])
     longest = max(len(shifts) for _, shifts in grids)
@@ -61,10 +83,12 @@ def best_grid(values: Tensor, importance: Tensor | None, qmax: int) -> tuple[Ten
         offset = shift_table[chosen, place.long()].unsqueeze(0) - half + fit.mean * (half < _TAILS)
         found = _better(found, fit.descend(2 * half / qmax, offset))
     assert found is not None
-    return _look_around(fit, found, qmax)
+    return _look_around(fit, found, qmax, search.near)
 
 
-def _look_around(fit: _Fit, found: tuple[Tensor, Tensor, Tensor], qmax: int) -> tuple[Tensor, Tensor]:
+def _look_around(
+    fit: _Fit, found: tuple[Tensor, Tensor, Tensor], qmax: int, starts: int
+) -> tuple[Tensor, Tensor, Tensor]:
     _, scale, offset = found
     middle = offset + scale * (qmax / 2)
     near = []
@@ -72,12 +96,12 @@ def _look_around(fit: _Fit, found: tuple[Tensor, Tensor, Tensor], qmax: int) -> 
         factor = 1 + wider / qmax
         near.append((scale * factor, middle + scale * (shift - factor * qmax / 2)))
     keys = torch.cat([_keyed(fit.score(fit.values, *grid), index).unsqueeze(0) for index, grid in enumerate(near)])
-    for key in keys.topk(_NEAR_STARTS, 0, largest=False).values:
+    for key in keys.topk(starts, 0, largest=False).values:
         place = (key & (2**_INDEX_BITS - 1)).long()
         wider, shift = fit.values.new_tensor(_NEAR).t()
         factor = 1 + wider[place] / qmax
         found = _better(found, fit.descend(scale * factor, middle + scale * (shift[place] - factor * qmax / 2)))
-    return found[1], found[2]
+    return found
 
 
 def _better(
@@ -95,20 +119,20 @@ def _better(
 
 
 @lru_cache
-def _grids(size: int, qmax: int) -> list[tuple[float, list[float]]]:
+def _grids(size: int, qmax: int, search: Search = QUICK) -> list[tuple[float, list[float]]]:
     """(half width, shifts of the grid's middle), in units of half the range."""
     # The fewer weights to a level, the wider a grid may be worth trying; the more weights, the longer the tails.
     narrow, wide = {8: (0.6, 2.3), 16: (0.55, 1.8), 32: (0.5, 1.35), 64: (0.45, 1.2)}.get(
         1 << max(3, (size - 1).bit_length()), (max(0.1, 0.35 * math.sqrt(128 / size)) if size > 64 else 0.6, 1.1)
     )
-    count, places = _WIDTHS, _PLACES
+    count, places = search.widths, search.places
     if qmax == 255:  # as fine as that, the whole range is what counts, and where in a step of the grid it lies
         narrow, wide, count, places = 0.98, 1.02, 5, 16
     result = []
     for i in range(count):
         width = narrow * (wide / narrow) ** (i / (count - 1))
         step = 2 * width / qmax
-        reach = max(places // 2, min(_PLACES, math.ceil(max(0.0, 1 - width) * places / step)))
+        reach = max(places // 2, min(search.places, math.ceil(max(0.0, 1 - width) * places / step)))
         result.append((width, [k / places * step for k in range(-reach, reach + 1)]))
     return result
 

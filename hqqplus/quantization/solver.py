@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hqqplus.quantization.cuts import best_cuts
-from hqqplus.quantization.grids import best_grid
+from hqqplus.quantization.cuts import EXACT_GROUP, best_cuts
+from hqqplus.quantization.grids import QUICK, THOROUGH, best_grid
 from hqqplus.quantization.metadata import metadata_dtype, too_large
 from hqqplus.quantization.robust import robust_fit
 from hqqplus.quantization.spec import QuantSpec, SolverOptions
@@ -156,7 +156,7 @@ def _solve_chunk(
         weights = importance.t()
         average = weights.mean(0, keepdim=True)
         weights = torch.where(average > 0, weights / average, torch.ones_like(weights)).to(dtype).contiguous()
-    scale, offset = fit(scaled, weights, spec.nbits)
+    scale, offset = fit(scaled, weights, spec.nbits, options.thorough)
     if options.lp_norm != 2:
         scale, offset = robust_fit(scaled, weights, scale, offset, spec.qmax, options.lp_norm, options.threshold)
     scale = scale.masked_fill(spread == 0, 0.0)
@@ -164,11 +164,18 @@ def _solve_chunk(
     return codes[:count], scale[:count], offset[:count]
 
 
-def fit(scaled: Tensor, weights: Tensor | None, nbits: int) -> tuple[Tensor, Tensor]:
+def fit(scaled: Tensor, weights: Tensor | None, nbits: int, thorough: bool = False) -> tuple[Tensor, Tensor]:
     """The least-squares scale and offset [1, n] of groups `scaled` [g, n] in [-1, 1], in columns."""
-    if nbits <= 2:
-        return best_cuts(scaled, weights, nbits)
-    return best_grid(scaled, weights, 2**nbits - 1)
+    qmax = 2**nbits - 1
+    if nbits > 2:
+        _, scale, offset = best_grid(scaled, weights, qmax, THOROUGH if thorough else QUICK)
+        return scale, offset
+    scale, offset = best_cuts(scaled, weights, nbits)
+    if thorough and nbits == 2 and scaled.shape[0] > EXACT_GROUP:
+        error = (scaled - offset - scale * _round(scaled, scale, offset, qmax)).square_()
+        error = (error if weights is None else error * weights).sum(0, keepdim=True)
+        _, scale, offset = _best([(error, scale, offset), best_grid(scaled, weights, qmax, THOROUGH)])
+    return scale, offset
 
 
 def _round(x: Tensor, scale: Tensor, offset: Tensor, qmax: int) -> Tensor:

@@ -38,7 +38,9 @@ def draw(name: str, count: int, size: int, folder: Path | None = None) -> np.nda
     }[name]().astype(np.float32)
 
 
-def searched_error(groups: np.ndarray, nbits: int, importance: np.ndarray | None = None) -> np.ndarray:
+def searched_error(
+    groups: np.ndarray, nbits: int, importance: np.ndarray | None = None, thorough: bool = False
+) -> np.ndarray:
     """The (weighted) squared error [n], in float64, of the grids found for `groups` [n, g]."""
     x = torch.tensor(groups)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
@@ -47,7 +49,7 @@ def searched_error(groups: np.ndarray, nbits: int, importance: np.ndarray | None
     if importance is not None:
         weights = torch.tensor(importance, dtype=torch.float32)
         weights = (weights / weights.mean(1, keepdim=True)).t().contiguous()
-    scale, offset = solver.fit(((x - centre) / unit).t().contiguous(), weights, nbits)
+    scale, offset = solver.fit(((x - centre) / unit).t().contiguous(), weights, nbits, thorough)
     s = (scale.t() * unit).double().numpy()
     o = (offset.t() * unit + centre).double().numpy()
     codes = np.where(s > 0, np.clip(np.round((groups - o) / np.where(s > 0, s, 1)), 0, 2**nbits - 1), 0)
@@ -113,6 +115,19 @@ def test_two_to_four_bits_are_close_to_the_optimum(nbits: int, size: int, count:
     assert gap.mean() < (0.002 if nbits < 4 else 0.004)
     assert (gap > 0.01).sum() <= {2: 1, 3: 2, 4: 2}[nbits]
     assert gap.max() < {2: 0.02, 3: 0.06, 4: 0.08}[nbits]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("nbits", "size", "count"), [(2, 64, 60), (2, 128, 40), (3, 16, 40), (3, 32, 40), (4, 16, 20)]
+)
+def test_a_thorough_search_is_within_one_per_cent(nbits: int, size: int, count: int, name: str, shared: Path) -> None:
+    groups = draw(name, count, size, shared / "models" / "tinystories-656K")
+    least = np.array([best_error(group, 2**nbits - 1) for group in groups])
+    gap = searched_error(groups, nbits, thorough=True) / least - 1
+    assert gap.mean() < 1e-3
+    assert gap.max() < 0.01
+    assert (gap <= searched_error(groups, nbits) / least - 1 + 1e-4).mean() > 0.95
 
 
 @pytest.mark.parametrize(("nbits", "size", "slack"), [(1, 8, 1e-5), (1, 64, 1e-5), (2, 8, 1e-3), (2, 32, 1e-3)])
