@@ -123,7 +123,7 @@ def test_any_flipped_bit_changes_the_hash(packed: Path) -> None:
     modules = packed_modules(model)
     chosen = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head", "model.embed_tokens"]
     parameters = [p for name in chosen for p in modules[name].packed_parameters().values()]
-    assert len(parameters) == 4 * 3 + 1  # with 8-bit metadata there are four
+    assert len(parameters) == 4 * 4
     seen = {before}
     for tensor in (parameter.data.view(-1) for parameter in parameters):
         tensor[-1] ^= 1
@@ -174,7 +174,7 @@ def test_the_right_base_passes_and_another_is_named(
     with pytest.raises(UserError) as caught:
         check_base(models.load_causal_lm(parent, quantization=HqqPlusConfig(4, 64)), tmp_path)
     assert fingerprint.describe() in str(caught.value)
-    assert "the base is 4-bit g64 (sha256 " in str(caught.value)
+    assert "the base is 4-bit g64 with 8-bit metadata (sha256 " in str(caught.value)
     assert str(caught.value).endswith("load it on the base it belongs to")
 
 

@@ -79,7 +79,7 @@ def random_values(count: int, kind: str, sigma: float, seed: int) -> torch.Tenso
         "constant": torch.ones(count),
         "zero": torch.zeros(count),
     }[kind]
-    return made * sigma
+    return (made * sigma).clamp(-3e4, 3e4)  # what float16 holds a range of
 
 
 VALUES = {
