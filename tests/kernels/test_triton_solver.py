@@ -215,6 +215,7 @@ def interpreted(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> 
     return json.loads(run_python("-m", "tests.kernels.test_triton_solver", env=environment).stdout)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(("nbits", "size"), CASES)
 def test_errors_are_those_of_the_solver_in_torch(nbits: int, size: int, interpreted: dict[str, Any]) -> None:
@@ -225,6 +226,7 @@ def test_errors_are_those_of_the_solver_in_torch(nbits: int, size: int, interpre
     assert max(ratios) < 1 + 3 * SLACK[nbits]
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(("nbits", "size"), EXHAUSTIVE)
 def test_errors_are_close_to_the_optimum(nbits: int, size: int, interpreted: dict[str, Any]) -> None:
@@ -232,6 +234,7 @@ def test_errors_are_close_to_the_optimum(nbits: int, size: int, interpreted: dic
     assert least * (1 - 1e-6) < error < 1.005 * least
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("what", ["tail", "row", "bfloat16", "importance", "no importance", "ties"])
 def test_other_weights_and_options_come_out_as_well(what: str, interpreted: dict[str, Any]) -> None:
@@ -239,6 +242,7 @@ def test_other_weights_and_options_come_out_as_well(what: str, interpreted: dict
         assert ours < (1 + max(SLACK[int(nbits)], 1e-4)) * theirs, nbits
 
 
+@pytest.mark.slow
 @needs_triton
 def test_weights_far_from_zero_come_out_as_well(interpreted: dict[str, Any]) -> None:
     # A float16 offset at 20 is off by up to 1/128: what rounding it costs is chance.
@@ -246,6 +250,7 @@ def test_weights_far_from_zero_come_out_as_well(interpreted: dict[str, Any]) -> 
         assert ours < 1.01 * theirs, nbits
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("nbits", ["1", "2", "4"])
 def test_groups_of_few_values(nbits: str, interpreted: dict[str, Any]) -> None:
@@ -260,12 +265,14 @@ def test_groups_of_few_values(nbits: str, interpreted: dict[str, Any]) -> None:
         assert error[5] == 0  # -1, 0, 1
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("nbits", ["1", "8"])
 def test_what_makes_no_difference(nbits: str, interpreted: dict[str, Any]) -> None:
     assert {name for name, same in interpreted["same"][nbits].items() if not same} == set()
 
 
+@pytest.mark.slow
 @needs_triton
 def test_refusals_are_those_of_the_solver_in_torch(interpreted: dict[str, Any]) -> None:
     for case, message in interpreted["refusals"].items():
@@ -279,6 +286,7 @@ def test_refusals_are_those_of_the_solver_in_torch(interpreted: dict[str, Any]) 
             assert message == "the weight holds NaN or infinite values", case
 
 
+@pytest.mark.slow
 @needs_triton
 def test_shapes_and_types_are_those_of_the_solver_in_torch(interpreted: dict[str, Any]) -> None:
     for name, group, dtype in (("tail", 64, "bfloat16"), ("row", -1, "float16")):
@@ -286,6 +294,7 @@ def test_shapes_and_types_are_those_of_the_solver_in_torch(interpreted: dict[str
         assert interpreted["shapes"][name] == [str([*t.shape, t.dtype]) for t in vars(solution).values()]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_what_is_supported(interpreted: dict[str, Any]) -> None:
     assert interpreted["supports"] == {

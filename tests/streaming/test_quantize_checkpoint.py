@@ -391,6 +391,7 @@ def test_a_kill_at_the_end_costs_no_layer(
         assert (tmp_path / "out" / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["size", "header", "missing", "layers"])
 def test_a_finished_file_that_is_not_as_it_was_is_made_again(
     parent: Path, whole: Quantized, tmp_path: Path, damage: str
@@ -413,6 +414,7 @@ def test_a_finished_file_that_is_not_as_it_was_is_made_again(
         assert (tmp_path / "out" / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -473,6 +475,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
     assert tree(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_what_is_there_already_needs_no_room(
     parent: Path, whole: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
