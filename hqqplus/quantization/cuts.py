@@ -120,9 +120,11 @@ def _triple(ordered: Tensor, sums: Tensor, mass: Tensor, energy: Tensor) -> Tens
     rows = torch.cat([on_lattice, plain_keys]).topk(_STARTS, 0, largest=False).indices  # [starts, n]
     from_plain = plain.gather(1, (rows - m).clamp_min_(0).expand(3, -1, -1))
     cuts = torch.where(rows < m, _on_lattice(on_lattice, rows.clamp_max(m - 1), size), from_plain)  # [3, starts, n]
-    while step > 2:
+    while True:
         step = (step + 1) // 2
         cuts, near = _window(work, sums, mass, energy, cuts, step, 1)
+        if step <= 2:
+            break
     best = near.topk(_FINALISTS, 0, largest=False).indices
     cuts, near = _window(work, sums, mass, energy, cuts.gather(1, best.expand(3, -1, -1)), 1, 2)
     return cuts.gather(1, near.argmin(0, keepdim=True).expand(3, -1, -1)).squeeze(1)
@@ -158,7 +160,8 @@ def _lattice_table(size: int, device: torch.device) -> Tensor:
     """(middle point, index) -> the three cuts: [3, m 2^index bits]. A table, because integer division is slow."""
     points, _ = _lattice(size)
     m = len(points)
-    lattice, index = torch.tensor(points), torch.arange(2**_INDEX_BITS)
+    # "cpu" said aloud: what is kept must not depend on a default device of the moment.
+    lattice, index = torch.tensor(points, device="cpu"), torch.arange(2**_INDEX_BITS, device="cpu")
     table = []
     for j in range(m):
         low, high = (index // (m - j)).clamp_max(m - 1), (j + index % (m - j)).clamp_max(m - 1)
@@ -169,7 +172,7 @@ def _lattice_table(size: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=8)
 def _window_steps(step: int, reach: int, device: torch.device) -> Tensor:
     """index of a triple in a window -> the steps of its three cuts: [3, side^3]."""
-    steps = torch.arange(-reach, reach + 1) * step
+    steps = torch.arange(-reach, reach + 1, device="cpu") * step
     return torch.cartesian_prod(steps, steps, steps).t().contiguous().to(device)
 
 
@@ -261,7 +264,7 @@ def _sort(values: Tensor) -> Tensor:
     if values.device.type != "cpu":
         return values.sort(0).values
     # numpy sorts short rows with vector instructions, about 25 times faster than torch.
-    rows = values.t().contiguous().numpy()
+    rows = values.t().clone(memory_format=torch.contiguous_format).numpy()
     rows.sort(axis=1)
     return torch.from_numpy(rows).t().contiguous()
 

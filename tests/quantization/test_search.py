@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +176,20 @@ def test_equal_importance_is_none(nbits: int) -> None:
     np.testing.assert_allclose(
         searched_error(groups, nbits, np.full((30, 16), 3.0)), 3 * searched_error(groups, nbits), rtol=1e-3
     )
+
+
+@pytest.mark.parametrize("size", [33, 34, 37, 40, 63, 65, 100, 255])
+def test_sizes_between_at_two_bits(size: int) -> None:
+    groups = draw("normal", 12, size)
+    least = np.array([best_error(group, 3) for group in groups])
+    np.testing.assert_allclose(searched_error(groups, 2), least, rtol=0.02)
+
+
+def test_a_default_device_leaves_no_trace() -> None:
+    code = (
+        "import torch; from hqqplus.quantization import QuantSpec, quantize\n"
+        "w = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))\n"
+        "with torch.device('meta'):\n    first = quantize(w, QuantSpec(2, 64))\n"
+        "assert torch.equal(first.W_q, quantize(w, QuantSpec(2, 64)).W_q)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
