@@ -99,7 +99,7 @@ def _solve_part(
     """`matrix` [rows, n size] in groups of `size`; `importance` [n, size] -> codes, scale and offset as stored."""
     rows, blocks = matrix.shape[0], matrix.shape[1] // size
     groups = matrix.reshape(-1, size)
-    chunk = max(1, (_CHUNK_CPU if matrix.device.type == "cpu" else _CHUNK_GPU) // size)
+    chunk = max(_COLUMNS, (_CHUNK_CPU if matrix.device.type == "cpu" else _CHUNK_GPU) // size)
 
     @torch.no_grad()
     def solve_from(start: int) -> tuple[Tensor, Tensor, Tensor]:
