@@ -67,8 +67,8 @@ def nf4(parent: Path, folder: Path) -> dict[str, Any]:
 
 def hqqplus(parent: Path, folder: Path, nbits: int, group: int, metadata_bits: int) -> dict[str, Any]:
     from hqqplus import HqqPlusConfig, load
-    from hqqplus.models import quantize_folder
     from hqqplus.modules import bits_per_weight
+    from hqqplus.streaming import quantize_folder
 
     config = HqqPlusConfig(nbits, group, metadata_bits=metadata_bits)
     quantize_folder(str(parent), folder / "packed", config, dtype="bfloat16")

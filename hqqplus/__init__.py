@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from hqqplus.allocation import allocate, describe_plan, hybrid_plan
     from hqqplus.integrations.transformers import HqqPlusConfig, quantize_model
     from hqqplus.kernels import quantize
-    from hqqplus.models import export, load, quantize_folder
+    from hqqplus.models import export, load
     from hqqplus.modules import PackedEmbedding, PackedLinear
     from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, SolverOptions, candidate_specs
     from hqqplus.recipe import Recipe, load_recipe
-    from hqqplus.streaming import quantize_checkpoint
+    from hqqplus.streaming import quantize_checkpoint, quantize_folder
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ _HOMES = {
     "load_recipe": "hqqplus.recipe",
     "quantize": "hqqplus.kernels",
     "quantize_checkpoint": "hqqplus.streaming",
-    "quantize_folder": "hqqplus.models",
+    "quantize_folder": "hqqplus.streaming",
     "quantize_model": "hqqplus.integrations.transformers",
 }
 

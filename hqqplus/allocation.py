@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from hqqplus import models
 from hqqplus.errors import UserError
 from hqqplus.evaluation.mode import evaluating
+from hqqplus.kernels import quantize
 from hqqplus.modules import PackedState
 from hqqplus.modules.replace import plan_modules
-from hqqplus.quantization import QuantPlan, QuantSpec, quantize
+from hqqplus.quantization import QuantPlan, QuantSpec
 from hqqplus.quantization.allocation import Option, candidate_specs, choose, measure_nmse, stored_bits
 from hqqplus.quantization.spec import NBITS, matches
 
@@ -140,7 +141,7 @@ def allocate(
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     skeleton = _skeleton(model, **options)
-    errors = layer_errors(model, candidates, skip=skip, **options)
+    errors = _errors(model, skeleton, revision, candidates, skip)
     if weights is None:
         loaded = isinstance(model, nn.Module) and _is_transformers(model)
         weights = probe(skeleton, skip=skip) if loaded else prior_weights(skeleton)
@@ -200,16 +201,22 @@ def layer_errors(
         UserError: if there are no candidates, the model is packed already, has no linear layers, cannot be read, or
             holds a weight that cannot be quantized; the message names it.
     """
+    return _errors(model, _skeleton(model, revision, trust_remote_code), revision, candidates, skip)
+
+
+def _errors(
+    model: Any, skeleton: nn.Module, revision: str | None, candidates: Sequence[QuantSpec], skip: Sequence[str]
+) -> ModelErrors:
+    """`layer_errors` of a model whose skeleton is built already."""
     if not candidates:
         raise UserError("allocate: there is no candidate to choose from")
-    skeleton = _skeleton(model, revision, trust_remote_code)
     names = _linear_names(skeleton, skip)
     read = _reader(model, revision)
     layers = []
     for name in names:
         weight = read(name)
         try:
-            nmse = measure_nmse(weight, candidates)
+            nmse = measure_nmse(weight, candidates, quantizer=quantize)
         except ValueError as error:
             raise UserError(f"{name}.weight: {error}") from None
         layers.append(LayerErrors(name, (weight.shape[0], weight.shape[1]), nmse))

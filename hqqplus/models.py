@@ -342,33 +342,6 @@ def write_companions(folder: Path, tokenizer: Any, fingerprint: Fingerprint) -> 
     write_text(folder / "README.md", _PACKED_CARD.format(what=fingerprint.describe()))
 
 
-def quantize_folder(
-    name: str,
-    output: str | Path,
-    quantization: HqqPlusConfig,
-    *,
-    revision: str | None = None,
-    dtype: str = "checkpoint",
-    device: torch.device | str | None = None,
-    trust_remote_code: bool = False,
-    versions: dict[str, str] | None = None,
-    where: str = "model",
-) -> Any:
-    """Quantize model `name`, write the packed model to `output` and return it: `hqqplus.streaming`, then loaded.
-
-    What is not packed is written in `dtype`, by default that of the checkpoint. An interrupted call is continued by
-    the same call; `output` is replaced, if it exists, once all is written.
-
-    Raises:
-        UserError: if the model cannot be read, is packed already, or does not fit on the disk.
-    """
-    from hqqplus.streaming import quantize_checkpoint
-
-    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "where": where}
-    quantize_checkpoint(name, output, quantization, revision=revision, dtype=dtype, versions=versions, **options)
-    return load_causal_lm(str(output), dtype="checkpoint", **options)
-
-
 def export(
     name: str,
     adapter: str | Path | None,

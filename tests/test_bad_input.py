@@ -18,6 +18,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import hqqplus
 import hqqplus.train
 from hqqplus import HqqPlusConfig, cli, models
 from hqqplus.adapters import Fingerprint, ship_adapter
@@ -35,7 +36,7 @@ def made(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     parent = folder / "parent"
     shutil.copytree(random_model("llama"), parent)
     for bits in (2, 4):
-        model = models.quantize_folder(
+        model = hqqplus.quantize_folder(
             str(parent), folder / f"packed{bits}", HqqPlusConfig(bits, 32, metadata_bits=16)
         )
     model = models.load(folder / "packed2").requires_grad_(False)
@@ -405,7 +406,7 @@ def test_an_adapter_on_another_base(
         parent = copy(made.parent, work / "parent")
         tensors = {name: -tensor for name, tensor in load_file(parent / "model.safetensors").items()}
         save_file(tensors, parent / "model.safetensors", metadata={"format": "pt"})
-        models.quantize_folder(str(parent), work / "packed", HqqPlusConfig(2, 32, metadata_bits=16))
+        hqqplus.quantize_folder(str(parent), work / "packed", HqqPlusConfig(2, 32, metadata_bits=16))
         folder = work / "packed"
     last = work / "out" if verb == "export" else "a prompt"
     (line,) = refused(verb, folder, last, "--adapter", made.adapter)

@@ -33,7 +33,7 @@ def made(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("made")
     parent = folder / "parent"
     shutil.copytree(random_model("qwen2"), parent)
-    base = models.quantize_folder(str(parent), folder / "packed", HqqPlusConfig(**CONFIG))
+    base = hqqplus.quantize_folder(str(parent), folder / "packed", HqqPlusConfig(**CONFIG))
     base_logits = base(IDS).logits
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -173,7 +173,7 @@ def test_a_bad_weight_of_the_parent_is_named(
             hqqplus.load(folder)
     else:
         with pytest.raises(UserError, match=rf"^model: {folder}: {key}: .*NaN or infinite") as caught:
-            models.quantize_folder(str(folder), tmp_path / "out", HqqPlusConfig(**CONFIG))
+            hqqplus.quantize_folder(str(folder), tmp_path / "out", HqqPlusConfig(**CONFIG))
         assert "\n" not in str(caught.value)
     # transformers explains it on the terminal with a traceback in a table
     assert "Traceback" not in capfd.readouterr().err
@@ -234,7 +234,7 @@ def test_a_new_process_without_the_parent_gives_the_same_logits(
     """Through the code that a user runs: quantized, adapted, shipped; moved; the parent gone."""
     parent = tmp_path / "parent"
     shutil.copytree(random_model("qwen3", True), parent)
-    models.quantize_folder(str(parent), tmp_path / "here" / "packed", HqqPlusConfig(nbits=1, group_size=32))
+    hqqplus.quantize_folder(str(parent), tmp_path / "here" / "packed", HqqPlusConfig(nbits=1, group_size=32))
     model = models.load(tmp_path / "here" / "packed")
     expected = {"base": model(IDS).logits}
     torch.manual_seed(3)
@@ -309,7 +309,7 @@ def test_the_tolerance_tells_base_from_adapted(made: SimpleNamespace) -> None:
 
 def test_an_export_of_a_tied_model_stays_tied(random_model: Callable[..., Path], tmp_path: Path) -> None:
     config = HqqPlusConfig(nbits=4, group_size=32, overrides={"model.embed_tokens": {"nbits": 8}})
-    logits = models.quantize_folder(str(random_model("qwen3", True)), tmp_path / "packed", config)(IDS).logits
+    logits = hqqplus.quantize_folder(str(random_model("qwen3", True)), tmp_path / "packed", config)(IDS).logits
     models.export(str(tmp_path / "packed"), None, tmp_path / "plain", torch.float16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -346,7 +346,7 @@ def test_a_packed_folder_says_where_it_comes_from(made: SimpleNamespace) -> None
 
 def test_packing_twice_is_refused(made: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="packed already; quantize its parent"):
-        models.quantize_folder(str(made.packed), tmp_path / "out", HqqPlusConfig(**CONFIG))
+        hqqplus.quantize_folder(str(made.packed), tmp_path / "out", HqqPlusConfig(**CONFIG))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -356,7 +356,7 @@ def test_an_output_below_a_file_is_refused_before_the_work(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(models, "load_causal_lm", None)
     with pytest.raises(UserError, match="is a file, a folder is needed"):
-        models.quantize_folder(str(made.parent), tmp_path / "file" / "out", HqqPlusConfig(**CONFIG))
+        hqqplus.quantize_folder(str(made.parent), tmp_path / "file" / "out", HqqPlusConfig(**CONFIG))
     with pytest.raises(UserError, match="is a file, a folder is needed"):
         models.export(str(made.packed), None, tmp_path / "file" / "out")
 

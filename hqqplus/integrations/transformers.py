@@ -114,6 +114,7 @@ class HqqPlusQuantizer(HfQuantizer):
     def __init__(self, quantization_config: HqqPlusConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.specs: dict[str, QuantSpec] = {}
+        self.options = SolverOptions()
         self.tied: tuple[str, str] | None = None
         self.compute_dtype = torch.get_default_dtype()
 
@@ -136,7 +137,8 @@ class HqqPlusQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> Any:
         self.compute_dtype = _as_dtype(dtype) or model.dtype
-        self.specs = plan_of(model, self.quantization_config.plan())
+        plan = self.quantization_config.plan()
+        self.specs, self.options = plan_of(model, plan), plan.solver
         self.tied = tied_modules(model)
         if self.tied is not None and self.tied[0] not in self.specs:
             self.tied = None
@@ -162,8 +164,7 @@ class HqqPlusQuantizer(HfQuantizer):
         tied = self.tied if self.tied is not None and name in self.tied else None
         if not isinstance(model.get_submodule(name), PackedState):
             main = tied[0] if tied else name
-            options = self.quantization_config.plan().solver
-            mark_loaded(replace.pack_module(model, main, weight, self.specs[main], self.compute_dtype, options))
+            mark_loaded(replace.pack_module(model, main, weight, self.specs[main], self.compute_dtype, self.options))
             if tied:
                 self._tie(model)
         return tied or (name,)

@@ -18,17 +18,7 @@ from hqqplus.quantization.metadata import decode
 from hqqplus.quantization.spec import QuantSpec
 from hqqplus.quantization.tensor import dequantize_matrix, dequantize_rows
 
-
-def dequantize(
-    W_q: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    blocks: Tensor | None,
-    spec: QuantSpec,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    return dequantize_matrix(W_q, scale, offset, blocks, spec, shape, dtype)
+dequantize = dequantize_matrix
 
 
 def matmul(

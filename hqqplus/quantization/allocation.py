@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hqqplus.quantization.spec import QuantSpec
-from hqqplus.quantization.tensor import quantize
+from hqqplus.quantization.tensor import PackedTensor, quantize
 
 # Weights of a matrix that its error is measured on.
 SAMPLE = 2**18
@@ -68,10 +68,15 @@ def sample_rows(weight: Tensor, axis: int = 1, sample: int = SAMPLE) -> Tensor:
     return weight.index_select(along, index.to(weight.device))
 
 
-def measure_nmse(weight: Tensor, specs: Sequence[QuantSpec], sample: int = SAMPLE) -> tuple[float, ...]:
+def measure_nmse(
+    weight: Tensor,
+    specs: Sequence[QuantSpec],
+    sample: int = SAMPLE,
+    quantizer: Callable[[Tensor, QuantSpec], PackedTensor] = quantize,
+) -> tuple[float, ...]:
     """NMSE = ||W - Q||^2 / ||W||^2 of `weight` [out_features, in_features] for each of `specs`.
 
-    A matrix of more than `sample` weights is judged by `sample_rows`.
+    A matrix of more than `sample` weights is judged by `sample_rows`. `quantizer` stands in for `quantize`.
 
     Raises:
         ValueError: if `weight` is not a matrix of floats, is empty, or cannot be quantized as a spec says.
@@ -81,7 +86,7 @@ def measure_nmse(weight: Tensor, specs: Sequence[QuantSpec], sample: int = SAMPL
     errors = []
     for spec in specs:
         part = sample_rows(weight.detach(), spec.axis, sample)
-        errors.append(quantize(part, spec).nmse(part))
+        errors.append(quantizer(part, spec).nmse(part))
     return tuple(errors)
 
 

@@ -133,6 +133,31 @@ def quantize_checkpoint(
     return Quantized(output, layers, fingerprint, tuple(kept), streamed, time.monotonic() - started)
 
 
+def quantize_folder(
+    name: str,
+    output: str | Path,
+    quantization: HqqPlusConfig,
+    *,
+    revision: str | None = None,
+    dtype: str = "checkpoint",
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    versions: dict[str, str] | None = None,
+    where: str = "model",
+) -> Any:
+    """Quantize model `name`, write the packed model to `output` and return it: `quantize_checkpoint`, then loaded.
+
+    What is not packed is written in `dtype`, by default that of the checkpoint. An interrupted call is continued by
+    the same call; `output` is replaced, if it exists, once all is written.
+
+    Raises:
+        UserError: if the model cannot be read, is packed already, or does not fit on the disk.
+    """
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "where": where}
+    quantize_checkpoint(name, output, quantization, revision=revision, dtype=dtype, versions=versions, **options)
+    return models.load_causal_lm(str(output), dtype="checkpoint", **options)
+
+
 @dataclass(frozen=True)
 class _Job:
     base: str

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import hqqplus
 from hqqplus import HqqPlusConfig, models
 from hqqplus.adapters import Fingerprint, check_base, packed_sha256
 from hqqplus.errors import UserError
@@ -31,7 +32,7 @@ def packed(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("base") / "packed"
     overrides = {"lm_head": {"nbits": 8}, "model.embed_tokens": {"nbits": 4}, "*.mlp.*": {"metadata_bits": 8}}
     config = HqqPlusConfig(nbits=2, group_size=32, overrides=overrides)
-    models.quantize_folder(str(random_model("llama")), folder, config)
+    hqqplus.quantize_folder(str(random_model("llama")), folder, config)
     return folder
 
 

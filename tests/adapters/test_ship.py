@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+import hqqplus
 from hqqplus import HqqPlusConfig, models
 from hqqplus.adapters import Fingerprint, adapter_size, round_adapter, ship_adapter
 
@@ -22,7 +23,7 @@ IDS = torch.arange(3, 35).view(1, -1)
 @pytest.fixture(scope="module")
 def packed(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "packed"
-    models.quantize_folder(str(random_model("llama")), folder, HqqPlusConfig(nbits=2, group_size=32))
+    hqqplus.quantize_folder(str(random_model("llama")), folder, HqqPlusConfig(nbits=2, group_size=32))
     return folder
 
 

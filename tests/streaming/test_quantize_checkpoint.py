@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import hqqplus
 from hqqplus import HqqPlusConfig, files, models
 from hqqplus.adapters.fingerprint import Fingerprint, packed_sha256
 from hqqplus.errors import UserError
@@ -681,7 +682,7 @@ def test_a_hub_model_is_fetched_by_its_index(
 def test_quantize_folder_returns_what_it_wrote(parent: Path, whole: Quantized, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
-    model = models.quantize_folder(str(parent), tmp_path / "out", HqqPlusConfig(**MIXED), device="cpu")
+    model = hqqplus.quantize_folder(str(parent), tmp_path / "out", HqqPlusConfig(**MIXED), device="cpu")
     assert packed_sha256(model) == whole.fingerprint.packed_sha256
     assert not (tmp_path / "out" / "old.txt").exists()
     same_tensors(tmp_path / "out", whole.folder)
