@@ -280,6 +280,31 @@ if triton is not None:
         return error, scale, average
 
     @triton.jit
+    def _try_grid(
+        y, h, a, b, part, index, best_average, best_product, best_variance,
+        QMAX: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, HAS_IMPORTANCE: tl.constexpr,
+    ):  # fmt: skip
+        """The regression on the codes of grids (a, b) where it explains more than the best so far, else that one."""
+        average, product, variance = _regress(y, h, a, b, part, index, QMAX, SIZE, GROUP, HAS_IMPORTANCE)
+        return _better(
+            product * product * best_variance > best_product * best_product * variance,
+            average, product, variance, best_average, best_product, best_variance,
+        )  # fmt: skip
+
+    @triton.jit
+    def _try_start(
+        y, h, start_average, start_product, start_variance, part, index, least, scale, average,
+        QMAX: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, HAS_IMPORTANCE: tl.constexpr,
+        ITERATIONS: tl.constexpr, NOISE: tl.constexpr,
+    ):  # fmt: skip
+        """(error, scale, mean code) of the descent from a regression where that ends lower, else those so far."""
+        error, new_scale, new_average = _descend(
+            y, h, start_average, start_product, start_variance, part, index,
+            QMAX, SIZE, GROUP, HAS_IMPORTANCE, ITERATIONS,
+        )  # fmt: skip
+        return _better(error + NOISE < least, error, new_scale, new_average, least, scale, average)
+
+    @triton.jit
     def _inverse(s, QMAX: tl.constexpr):
         """1 / (s QMAX), 0 where s = 0: then all codes are 0."""
         return tl.where(s > 0, 1.0 / (tl.where(s > 0, s, 1.0) * QMAX), 0.0)
@@ -397,18 +422,14 @@ if triton is not None:
             best_variance = tl.full([BLOCK], 1.0, tl.float32)
             for k in range(tl.load(first_places + i), tl.load(first_places + i + 1)):
                 b = from_mean - tl.load(shifts + k) * steps
-                new_average, product, variance = _regress(y, h, a, b, part, index, QMAX, SIZE, GROUP, HAS_IMPORTANCE)
-                best_average, best_product, best_variance = _better(
-                    product * product * best_variance > best_product * best_product * variance,
-                    new_average, product, variance, best_average, best_product, best_variance,
+                best_average, best_product, best_variance = _try_grid(
+                    y, h, a, b, part, index, best_average, best_product, best_variance,
+                    QMAX, SIZE, GROUP, HAS_IMPORTANCE,
                 )  # fmt: skip
-            error, new_scale, new_average = _descend(
-                y, h, best_average, best_product, best_variance, part, index,
-                QMAX, SIZE, GROUP, HAS_IMPORTANCE, ITERATIONS,
+            least, scale, average = _try_start(
+                y, h, best_average, best_product, best_variance, part, index, least, scale, average,
+                QMAX, SIZE, GROUP, HAS_IMPORTANCE, ITERATIONS, NOISE,
             )  # fmt: skip
-            least, scale, average = _better(
-                error + NOISE < least, error, new_scale, new_average, least, scale, average
-            )
 
         # Around the best: a little wider and narrower, each in three places.
         near, middle = scale, average + (MIDDLE - QMAX / 2)
@@ -420,18 +441,14 @@ if triton is not None:
             best_variance = tl.full([BLOCK], 1.0, tl.float32)
             for k in range(_PLACES):
                 b = (middle - (k - _PLACES // 2) * 0.33) / (factor * QMAX) + 0.5
-                new_average, product, variance = _regress(y, h, a, b, part, index, QMAX, SIZE, GROUP, HAS_IMPORTANCE)
-                best_average, best_product, best_variance = _better(
-                    product * product * best_variance > best_product * best_product * variance,
-                    new_average, product, variance, best_average, best_product, best_variance,
+                best_average, best_product, best_variance = _try_grid(
+                    y, h, a, b, part, index, best_average, best_product, best_variance,
+                    QMAX, SIZE, GROUP, HAS_IMPORTANCE,
                 )  # fmt: skip
-            error, new_scale, new_average = _descend(
-                y, h, best_average, best_product, best_variance, part, index,
-                QMAX, SIZE, GROUP, HAS_IMPORTANCE, ITERATIONS,
+            least, scale, average = _try_start(
+                y, h, best_average, best_product, best_variance, part, index, least, scale, average,
+                QMAX, SIZE, GROUP, HAS_IMPORTANCE, ITERATIONS, NOISE,
             )  # fmt: skip
-            least, scale, average = _better(
-                error + NOISE < least, error, new_scale, new_average, least, scale, average
-            )
 
         DTYPE: tl.constexpr = scales.dtype.element_ty
         s = tl.where(spread, scale, 0.0)
