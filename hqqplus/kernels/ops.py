@@ -4,7 +4,9 @@ Every op takes the packed tensors `W_q` (uint8), `scale`, `offset` and `blocks`,
 shape say, spelt out as integers because an op's schema knows no Python objects. With 16-bit metadata `blocks` is None
 and scale and offset [rows, groups] are 16-bit floats; with 8-bit metadata they are uint8 codes of the same shape and
 `blocks` [blocks, 4] holds the 16-bit floats of their maps (`quantization/metadata.py`). The packed weight is frozen:
-the only gradient is that of the activations, and only packed tensors are kept for it.
+the gradients are those of the activations and of the bias, and only packed tensors are kept for them.
+
+Which backend computes is a matter of the device and the shape: `routes.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqplus.kernels import reference
+from hqqplus.kernels import routes
+from hqqplus.kernels.packed import Packed
 from hqqplus.quantization.spec import QuantSpec
 
-# A custom op must not return a view or alias of its inputs; the reference returns fresh contiguous tensors.
-
-
-def _spec(nbits: int, group_size: int, axis: int) -> QuantSpec:
-    return QuantSpec(nbits=nbits, group_size=group_size, axis=axis)
+# A custom op must not return a view or alias of its inputs; the backends return fresh contiguous tensors.
 
 
 @torch.library.custom_op("hqqplus::dequantize", mutates_args=())
@@ -38,8 +37,8 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight [out_features, in_features] in `dtype`."""
-    spec = _spec(nbits, group_size, axis)
-    return reference.dequantize(W_q, scale, offset, blocks, spec, (out_features, in_features), dtype)
+    packed = Packed(W_q, scale, offset, blocks, QuantSpec(nbits, group_size, axis), (out_features, in_features))
+    return routes.dequantize(packed, dtype)
 
 
 @dequantize.register_fake
@@ -60,14 +59,16 @@ def matmul(
     axis: int,
     out_features: int,
     in_features: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """`x` [..., in_features] times the transposed weight: [..., out_features], dtype of `x`."""
-    return reference.matmul(x, W_q, scale, offset, blocks, _spec(nbits, group_size, axis), (out_features, in_features))
+    """`x` [..., in_features] times the transposed weight, plus `bias` [out_features]: [..., out_features] as `x`."""
+    packed = Packed(W_q, scale, offset, blocks, QuantSpec(nbits, group_size, axis), (out_features, in_features))
+    return routes.matmul(x, packed, bias)
 
 
 @matmul.register_fake
-def _(x: Tensor, *arguments: Any) -> Tensor:
-    *_, out_features, _ = arguments
+def _(x: Tensor, W_q: Tensor, *arguments: Any) -> Tensor:
+    out_features = arguments[6]
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -85,9 +86,8 @@ def matmul_dx(
     in_features: int,
 ) -> Tensor:
     """`dy` [..., out_features] times the weight: [..., in_features], dtype of `dy`. The backward of `matmul`."""
-    return reference.matmul_dx(
-        dy, W_q, scale, offset, blocks, _spec(nbits, group_size, axis), (out_features, in_features)
-    )
+    packed = Packed(W_q, scale, offset, blocks, QuantSpec(nbits, group_size, axis), (out_features, in_features))
+    return routes.matmul_dx(dy, packed)
 
 
 @matmul_dx.register_fake
@@ -99,12 +99,17 @@ def _(dy: Tensor, *arguments: Any) -> Tensor:
 def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, W_q, scale, offset, blocks, *sizes = inputs
     ctx.save_for_backward(W_q, scale, offset, blocks)
-    ctx.sizes = sizes
+    ctx.sizes = sizes[:5]
+    ctx.bias_dtype = sizes[5].dtype if len(sizes) > 5 and sizes[5] is not None else None
 
 
 def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = matmul_dx(dy.contiguous(), *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
-    return dx, *([None] * 9)
+    dbias = None
+    given = len(ctx.needs_input_grad)  # an op that is called without its bias has one input less
+    if given == 11 and ctx.needs_input_grad[10]:
+        dbias = dy.flatten(0, -2).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+    return (dx, *([None] * 9), dbias)[:given]
 
 
 def _matmul_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,7 +134,8 @@ def embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """Rows `ids` [...] of a packed embedding (axis 1): [..., width] in `dtype`."""
-    return reference.embedding(ids, W_q, scale, offset, blocks, _spec(nbits, group_size, 1), width, dtype)
+    packed = Packed(W_q, scale, offset, blocks, QuantSpec(nbits, group_size), (W_q.shape[0], width))
+    return routes.embedding(ids, packed, dtype)
 
 
 @embedding.register_fake

@@ -1,7 +1,7 @@
 """The ops in plain torch, on any device: what every other backend is compared with.
 
     dequantize   W = scale * codes + offset, group by group          [out_features, in_features]
-    matmul       y = x W^T                                           [..., in] -> [..., out]
+    matmul       y = x W^T + bias                                    [..., in] -> [..., out]
     matmul_dx    dx = dy W                                           [..., out] -> [..., in]
     embedding    W[ids]                                              [...] -> [..., width]
 
@@ -14,48 +14,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hqqplus.kernels.packed import Packed
 from hqqplus.quantization.metadata import decode
-from hqqplus.quantization.spec import QuantSpec
 from hqqplus.quantization.tensor import dequantize_matrix, dequantize_rows
 
-dequantize = dequantize_matrix
+
+def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
+    return dequantize_matrix(*packed, dtype)
 
 
-def matmul(
-    x: Tensor,
-    W_q: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    blocks: Tensor | None,
-    spec: QuantSpec,
-    shape: tuple[int, int],
-) -> Tensor:
-    return torch.nn.functional.linear(x, dequantize(W_q, scale, offset, blocks, spec, shape, x.dtype))
+def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x, dequantize(packed, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def matmul_dx(
-    dy: Tensor,
-    W_q: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    blocks: Tensor | None,
-    spec: QuantSpec,
-    shape: tuple[int, int],
-) -> Tensor:
-    return dy @ dequantize(W_q, scale, offset, blocks, spec, shape, dy.dtype)
+def matmul_dx(dy: Tensor, packed: Packed) -> Tensor:
+    return dy @ dequantize(packed, dy.dtype)
 
 
-def embedding(
-    ids: Tensor,
-    W_q: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    blocks: Tensor | None,
-    spec: QuantSpec,
-    width: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     rows = ids.reshape(-1)
-    scales, offsets = decode(scale[rows], offset[rows], blocks, spec.qmax, rows)
-    values = dequantize_rows(W_q[rows], scales, offsets, spec, width, dtype)
+    spec, (_, width) = packed.spec, packed.shape
+    scales, offsets = decode(packed.scale[rows], packed.offset[rows], packed.blocks, spec.qmax, rows)
+    values = dequantize_rows(packed.W_q[rows], scales, offsets, spec, width, dtype)
     return values.reshape(*ids.shape, width).contiguous()

@@ -75,10 +75,17 @@ class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight 
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         spec = self.spec
-        y = torch.ops.hqqplus.matmul(
-            x, self.W_q, *self.metadata(), spec.nbits, spec.group_size, spec.axis, self.out_features, self.in_features
+        return torch.ops.hqqplus.matmul(
+            x,
+            self.W_q,
+            *self.metadata(),
+            spec.nbits,
+            spec.group_size,
+            spec.axis,
+            self.out_features,
+            self.in_features,
+            self.bias,
         )
-        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

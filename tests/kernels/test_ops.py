@@ -52,6 +52,17 @@ def test_torch_accepts_the_registrations(spec: QuantSpec) -> None:
         torch.library.opcheck(kernels.embedding, (ids, *packed, nbits, group_size, width, torch.float32))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_bias_is_added_and_has_its_gradient(axis: int) -> None:
+    weight, arguments = packed_arguments(QuantSpec(2, 8, axis))
+    x, bias = torch.randn(3, 5, 72, requires_grad=True), torch.randn(40, requires_grad=True)
+    dy = torch.randn(3, 5, 40)
+    found = torch.autograd.grad(kernels.matmul(x, *arguments, bias), (x, bias), dy)
+    expected = torch.autograd.grad(torch.nn.functional.linear(x, weight, bias), (x, bias), dy)
+    torch.testing.assert_close(found, expected)
+    torch.library.opcheck(kernels.matmul, (x, *arguments, bias))
+
+
 @pytest.mark.parametrize("metadata_bits", [16, 8])
 def test_only_packed_tensors_are_kept_for_the_backward_pass(metadata_bits: int) -> None:
     _, arguments = packed_arguments(QuantSpec(2, 8, metadata_bits=metadata_bits))
