@@ -1,0 +1,187 @@
+"""y = x W^T + bias for few rows of x: one pass over the packed bytes, whose codes go to the tensor cores as they are.
+
+Formula. With the bit-plane i of a block as one tile of codes q [n, k] of one group g (so one scale s, one offset o a
+row n), and numbers base + f q instead of codes (`codes.py`; base and f are powers of two, f depends on the plane):
+
+    y[n, m] = sum_g  (s / f) D_g[n, m] + (o + s Q / 2) X_g[m] + bias[n],        Q = 2^nbits - 1
+    D_g     = sum_k (base + f q) x[m, k]  -  (base + f Q / 2) X_g[m],           X_g[m] = sum of x[m, k] over the group
+
+X_g is computed once, by a kernel of its own, and D_g starts from -(base + f Q / 2) X_g: it is the product with codes
+about their middle, so that nothing large is left to cancel outside of a group. The middles o + s Q / 2 meet the X_g in
+a second, short loop over the groups. A scale touches an accumulator once a group: no weight is multiplied by anything
+but x.
+
+Layout. The planar bytes of the checkpoint (`quantization/packing.py`): a tile [BN, PLANE] of bytes holds the 8 / nbits
+planes of a block; one load, 8 / nbits products. W is the left operand even for one row of x, whose tile is padded to 8
+columns, the narrowest that tensor cores have. All loads of the loop, scales included, are asynchronous copies, STAGES
+blocks deep. K is split so that all SMs have work (`product.finish`).
+
+Bytes. For each weight nbits / 8 of codes and 4 / group (or 2 / group) of metadata, read once by each tile of BM rows;
+the metadata a second time, from L2, for the middles. x is read N / BN times, from L2.
+
+Instructions: `benchmarks/sass.py` counts those of a compiled loop.
+"""
+
+# mypy: disable-error-code=no-untyped-def
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hqqplus.kernels.packed import Packed
+from hqqplus.kernels.triton.codes import dot, factor, ordered, plane, planes, shifted
+from hqqplus.kernels.triton.metadata import _byte, _half, load_scale, load_words
+from hqqplus.kernels.triton.product import DTYPES, Cut, add_middles, add_tail, finish, prepare, split
+
+MOST_ROWS = 16
+
+
+def shipped(rows: int, plane: int) -> Cut:
+    """The cut for `rows` rows of x (at most `MOST_ROWS`) and planes of `plane` codes."""
+    bm = 8 if rows <= 8 else 16
+    if plane <= 64:
+        return Cut(bm, 64, 3, 2)
+    if plane == 128:
+        return Cut(bm, 32, 3, 2)
+    return Cut(bm, 32, 2, 2)
+
+
+@triton.jit
+def matmul_kernel(
+    x, W_q, scale, offset, maps, sums, starts, bias, y, partial, counters,
+    M, N, K, padded, groups, blocks, columns, stride_x, stride_w,
+    FACTORS: tl.constexpr, ASM: tl.constexpr, QMAX: tl.constexpr, NBITS: tl.constexpr, PLANE: tl.constexpr,
+    GROUP: tl.constexpr, ONE_GROUP: tl.constexpr, HAS_MAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr, TAIL: tl.constexpr, RUN: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile [BM, BN] of y, or a share of its sum."""
+    PER: tl.constexpr = 8 // NBITS
+    BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(2) * BM + tl.arange(0, BM)
+    j = tl.arange(0, PLANE)
+    # Rows beyond the last are the last again: nothing of them is stored.
+    row = tl.minimum(n, N - 1)
+    each = tl.cdiv(blocks, SPLIT)
+    first = tl.program_id(1) * each
+    last = tl.minimum(first + each, blocks)
+    inside = (m < M)[None, :]
+
+    rows = W_q + row.to(tl.int64) * stride_w
+    tile = rows[:, None] + j[None, :]
+    entry = row * groups
+    x_tile = x + m.to(tl.int64)[None, :] * stride_x + j[:, None]
+    acc = tl.zeros((BN, BM), tl.float32)
+    if ONE_GROUP:
+        whole_scale = load_scale(scale, maps, entry, None, HAS_MAPS)
+    for b in tl.range(first, last, num_stages=STAGES):
+        w = tl.load(tile + b * PLANE)
+        # Codes that are converted one by one stay in their order.
+        w_shifted = w
+        if NBITS < 8 or not BF16:
+            w = ordered(w)
+            w_shifted = shifted(w)
+        if not ONE_GROUP:
+            words = load_words(scale, entry + b * PER, None, PER, RUN)
+            if HAS_MAPS:
+                # Entries of one word are in one block of metadata: 256 step and zero of its scales.
+                steps = ()
+                for i in tl.static_range(PER // RUN):
+                    steps += load_words(maps, ((entry + b * PER + i * RUN) // 128) * 4, None, 2, 2)
+        for i in tl.static_range(PER):
+            k = (b * PER + i) * PLANE
+            mask = inside if EVEN_K else inside & (k + j < K)[:, None]
+            operand = tl.load(x_tile + k, mask=mask, other=0.0)
+            start = tl.load(starts + (b * PER + i) * columns + m)
+            numbers = plane(w, w_shifted, i, NBITS, FACTORS[i], ASM[i], BF16)
+            product = dot(numbers, operand, tl.broadcast_to(start[None, :], (BN, BM)))
+            if ONE_GROUP:
+                s = whole_scale
+            else:
+                if HAS_MAPS:
+                    code = _byte(words[i // RUN], i % RUN)
+                    zero = _half(steps[i // RUN], 1, maps.dtype.element_ty)
+                    s = (code - zero) * (_half(steps[i // RUN], 0, maps.dtype.element_ty) * (1 / 256))
+                else:
+                    s = _half(words[i // RUN], i % RUN, scale.dtype.element_ty)
+            if FACTORS[i] != 1:
+                s = s * (1 / FACTORS[i])
+            acc = tl.math.fma(product, s[:, None], acc)
+
+    acc = add_middles(
+        acc, scale, offset, maps, sums, entry, m, columns, first * PER, last * PER, QMAX, ONE_GROUP, HAS_MAPS
+    )  # fmt: skip
+    if TAIL:
+        if tl.program_id(1) == SPLIT - 1:
+            acc = add_tail(
+                acc, x, rows, scale, offset, maps, entry, m, inside, blocks * PER * PLANE, padded, K, stride_x,
+                QMAX, NBITS, PLANE, GROUP, HAS_MAPS,
+            )  # fmt: skip
+    added = acc
+    if HAS_BIAS:
+        added = tl.load(bias + row).to(tl.float32)[:, None]
+    cells = y + m.to(tl.int64)[None, :] * N + n[:, None]
+    finish(acc, cells, inside & (n < N)[:, None], added, partial, counters, HAS_BIAS, SPLIT, BN, BM)
+
+
+def constants(packed: Packed, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of `matmul_kernel` that follow from the layer and the type of x."""
+    layout, nbits, name = packed.layout, packed.spec.nbits, DTYPES[dtype]
+    per = 8 // nbits
+    blocks = layout.padded // (per * layout.plane)
+    # As many entries to a load as a row of them is aligned to, and as fit into 64 bits.
+    run = per
+    while layout.groups % run or run * packed.scale.element_size() > 8:
+        run //= 2
+    return {
+        "FACTORS": tuple(factor(i, nbits, name) for i in range(per)),
+        "ASM": planes(nbits, name),
+        "QMAX": packed.spec.qmax,
+        "NBITS": nbits,
+        "PLANE": layout.plane,
+        "GROUP": layout.group,
+        "ONE_GROUP": layout.groups == 1,
+        "HAS_MAPS": packed.blocks is not None,
+        "EVEN_K": blocks * per * layout.plane <= packed.shape[1],
+        "TAIL": blocks * per * layout.plane < layout.padded,
+        "RUN": run,
+    }
+
+
+def matmul(
+    x: Tensor, packed: Packed, bias: Tensor | None, processors: int, cut: Cut | None = None, shares: int = 0
+) -> Tensor:
+    """`x` [M, in_features] times the transposed weight, plus `bias`: [M, out_features].
+
+    Args:
+        processors: SMs of the card, for how far K is split.
+        cut: another than the shipped one.
+        shares: into how many K is split; 0 leaves that to `split`.
+    """
+    M, N = x.shape[0], packed.shape[0]
+    y = x.new_empty((M, N))
+    if M == 0:
+        return y
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    layout = packed.layout
+    cut = cut or shipped(M, layout.plane)
+    fixed = constants(packed, x.dtype)
+    blocks = layout.padded * packed.spec.nbits // (8 * layout.plane)
+    grid_n, grid_m = triton.cdiv(N, cut.BN), triton.cdiv(M, cut.BM)
+    shares = shares or split(grid_n * grid_m, blocks, processors)
+    scratch = prepare(x, packed, fixed["FACTORS"], cut, shares)
+    matmul_kernel[(grid_n, shares, grid_m)](
+        x, packed.W_q, packed.scale, packed.offset, packed.scale if packed.blocks is None else packed.blocks,
+        scratch.sums, scratch.starts, x if bias is None else bias, y, scratch.partial, scratch.counters,
+        M, packed.shape[0], packed.shape[1], layout.padded, layout.groups, blocks, scratch.sums.shape[1], x.stride(0),
+        packed.W_q.stride(0), **fixed, HAS_BIAS=bias is not None, SPLIT=shares, BM=cut.BM, BN=cut.BN,
+        STAGES=cut.stages, num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,195 @@
+"""What the kernels of the product share: the sums of x, the middles, the end of a row, and the sum of the shares.
+
+    y[n, m] = sum_g  s_g (sum_k (q - Q / 2) x[m, k])  +  sum_g (o_g + s_g Q / 2) X_g[m]  +  bias[n]
+
+The first sum is what each kernel is about (`matmul.py`, `gemm.py`); the second is `add_middles`, with the X_g of
+`sums_kernel`. Where K is split over several programs, `finish` adds up their shares.
+"""
+
+# mypy: disable-error-code=no-untyped-def
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hqqplus.kernels.packed import Packed
+from hqqplus.kernels.triton.codes import base, codes, converted, dot
+from hqqplus.kernels.triton.metadata import load_middle, load_offset, load_scale
+
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Planes below are narrower than the K of a tensor core's product.
+NARROWEST_PLANE = 16
+_SUMMED = 16
+
+
+@triton.jit
+def sums_kernel(
+    x, sums, starts, counters, M, K, stride_x, tiles, columns, count,
+    FACTORS: tl.constexpr, BASE: tl.constexpr, QMAX: tl.constexpr, PLANE: tl.constexpr, TILES: tl.constexpr,
+    CLEARED: tl.constexpr,
+):  # fmt: skip
+    """X of each plane and the starts of its products, both [tiles, columns] float32; 0 where there is no row of x.
+
+    Also sets the `count` counters of the split to zero.
+    """
+    m = tl.program_id(1)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    k = tile[:, None] * PLANE + tl.arange(0, PLANE)[None, :]
+    mask = (k < K) & (m + k * 0 < M)
+    total = tl.sum(tl.load(x + m.to(tl.int64) * stride_x + k, mask=mask, other=0.0).to(tl.float32), axis=1)
+    PER: tl.constexpr = len(FACTORS)
+    share = tl.zeros([TILES], tl.float32)
+    for i in tl.static_range(PER):
+        share = tl.where(tile % PER == i, BASE + FACTORS[i] * (QMAX / 2), share)
+    tl.store(sums + tile * columns + m, total, mask=tile < tiles)
+    tl.store(starts + tile * columns + m, -share * total, mask=tile < tiles)
+    first = (m * tl.num_programs(0) + tl.program_id(0)) * CLEARED
+    for start in range(first, count, tl.num_programs(0) * tl.num_programs(1) * CLEARED):
+        cleared = start + tl.arange(0, CLEARED)
+        tl.store(counters + cleared, 0, mask=cleared < count)
+
+
+@triton.jit
+def add_middles(
+    acc, scale, offset, maps, sums, entry, m, columns, first, last,
+    QMAX: tl.constexpr, ONE_GROUP: tl.constexpr, HAS_MAPS: tl.constexpr,
+):  # fmt: skip
+    """acc [BN, BM] plus the middles of planes first ... last - 1 of the rows whose metadata begin at `entry`, times X.
+
+    A short product of float32 numbers in three terms of TF32; 16-bit middles need no more than two of them.
+    """
+    for t in range(first, last, 32):
+        tile = t + tl.arange(0, 32)
+        there = tile < last
+        entries = entry[:, None] + (tile * 0 if ONE_GROUP else tile)[None, :]
+        if HAS_MAPS:
+            middle = load_middle(offset, maps, entries, there[None, :])
+        else:
+            middle = tl.math.fma(
+                load_scale(scale, maps, entries, there[None, :], False), QMAX / 2,
+                load_offset(offset, maps, entries, 0.0, there[None, :], QMAX, False),
+            )  # fmt: skip
+        total = tl.load(sums + tile[:, None] * columns + m[None, :], mask=there[:, None], other=0.0)
+        acc = tl.dot(middle, total, acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
+def add_tail(
+    acc, x, rows, scale, offset, maps, entry, m, inside, first, padded, K, stride_x,
+    QMAX: tl.constexpr, NBITS: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr, HAS_MAPS: tl.constexpr,
+):  # fmt: skip
+    """acc [BN, BM] plus the product over the last, shorter block: codes `first` ... `padded` - 1, as 16-bit weights."""
+    for start in range(first, padded, 32):
+        k = start + tl.arange(0, 32)
+        there = (k < padded)[None, :]
+        q = codes(rows[:, None], k[None, :], there, padded, PLANE, NBITS)
+        entries = entry[:, None] + (k // GROUP)[None, :]
+        s = load_scale(scale, maps, entries, there, HAS_MAPS)
+        o = load_offset(offset, maps, entries, s, there, QMAX, HAS_MAPS)
+        mask = inside & (k < K)[:, None]
+        operand = tl.load(x + m.to(tl.int64)[None, :] * stride_x + k[:, None], mask=mask, other=0.0)
+        acc = dot(tl.math.fma(q, s, o).to(x.dtype.element_ty), operand, acc)
+    return acc
+
+
+@triton.jit
+def finish(
+    acc, cells, mask, bias, partial, counters, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store acc [ROWS, COLUMNS] + bias (of a shape that broadcasts) to `cells`; if split, by whoever comes last.
+
+    Programs (i, share, k) of all shares write their acc to `partial` [tile, share, ROWS, COLUMNS]; the last of a tile
+    reads them again and adds them up, from the first share on: the sum does not depend on who is last.
+    """
+    mine = True
+    if SPLIT > 1:
+        at = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        shares = partial + at.to(tl.int64) * (SPLIT * ROWS * COLUMNS)
+        cell = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        tl.store(shares + tl.program_id(1) * (ROWS * COLUMNS) + cell, acc)
+        # All threads' stores come before the one thread's atomic, which releases them.
+        tl.debug_barrier()
+        mine = tl.atomic_add(counters + at, 1, sem="acq_rel") == SPLIT - 1
+        if mine:
+            tl.debug_barrier()
+            acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for share in range(SPLIT):
+                acc += tl.load(shares + share * (ROWS * COLUMNS) + cell, cache_modifier=".cg")
+    if mine:
+        if HAS_BIAS:
+            acc += bias
+        tl.store(cells, acc.to(cells.dtype.element_ty), mask=mask)
+
+
+class Cut(NamedTuple):
+    """How a product is cut: rows of x and of W in a tile, pipeline stages, warps."""
+
+    BM: int
+    BN: int
+    stages: int
+    warps: int
+
+
+class Scratch(NamedTuple):
+    """Buffers of one product: sums and starts [tiles, columns], partial sums and counters of the split."""
+
+    sums: Tensor
+    starts: Tensor
+    partial: Tensor
+    counters: Tensor
+
+
+def split(tiles: int, steps: int, processors: int) -> int:
+    """Over how many programs K is split: a card of `processors` SMs gets four programs each, of two steps at least."""
+    wanted = -(-4 * processors // tiles)
+    most = max(steps // 2, 1)
+    return 1 << (max(1, min(wanted, most, 16)).bit_length() - 1)
+
+
+def supports(packed: Packed, dtype: torch.dtype) -> bool:
+    """Whether there are products on the codes of such a layer: axis 1, 1, 2, 4 or 8 bits, planes of 16 codes or more
+    that are a power of two, at least one whole block in a row, and x in a 16-bit type."""
+    layout = packed.layout
+    return (
+        packed.spec.axis == 1
+        and packed.spec.nbits != 3
+        and dtype in DTYPES
+        and layout.plane >= NARROWEST_PLANE
+        and layout.plane & (layout.plane - 1) == 0
+        and layout.padded >= layout.plane * 8 // packed.spec.nbits
+        and layout.groups * layout.rows < 2**31
+    )
+
+
+def split_buffers(tiles: int, shares: int, cut: Cut, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Uninitialised partial sums and counters for `tiles` tiles of y, each split into `shares`."""
+    count = tiles if shares > 1 else 0
+    partial = torch.empty(max(count * shares * cut.BM * cut.BN, 1), dtype=torch.float32, device=device)
+    return partial, torch.empty(max(count, 1), dtype=torch.int32, device=device)
+
+
+def prepare(x: Tensor, packed: Packed, factors: tuple[int, ...], cut: Cut, shares: int) -> Scratch:
+    """Allocate the scratch of a product and compute the sums of x [M, in_features] (contiguous rows)."""
+    M, (N, K) = x.shape[0], packed.shape
+    layout, nbits = packed.layout, packed.spec.nbits
+    blocks = layout.padded * nbits // (8 * layout.plane)
+    tiles = blocks * (8 // nbits)
+    grid_n, grid_m = triton.cdiv(N, cut.BN), triton.cdiv(M, cut.BM)
+    columns = grid_m * cut.BM
+    sums, starts = torch.empty((2, tiles, columns), dtype=torch.float32, device=x.device)
+    partial, counters = split_buffers(grid_n * grid_m, shares, cut, x.device)
+    count = grid_n * grid_m if shares > 1 else 0
+    name = DTYPES[x.dtype]
+    sums_kernel[(triton.cdiv(tiles, _SUMMED), columns)](
+        x, sums, starts, counters, M, K, x.stride(0), tiles, columns, count,
+        factors, 0 if converted(nbits, name) else base(name), packed.spec.qmax, layout.plane, _SUMMED, 64,
+        num_warps=1 if layout.plane <= 64 else 2,
+    )  # fmt: skip
+    return Scratch(sums, starts, partial, counters)
