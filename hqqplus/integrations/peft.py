@@ -3,6 +3,11 @@
 PEFT has no registry for layers of its own kind, so the one function that chooses a layer's LoRA class is wrapped:
 packed linear layers get `PackedLoraLinear`, everything else goes on as before. Then every door of PEFT works:
 `get_peft_model`, `PeftModel.from_pretrained`, `load_adapter`, a second adapter, TRL's `peft_config`.
+
+PEFT's own forward pass casts x to the adapter's dtype (float32, also where the model computes in bfloat16) and adds
+the product in three tensors of the output's size. Plain LoRA therefore has a forward pass of its own here, one node
+with the packed product (`kernels/lora.py`); variants (DoRA and others), a bias in the adapter, batches of mixed
+adapters and layers that somebody has wrapped or hooked take PEFT's.
 """
 
 from __future__ import annotations
@@ -15,7 +20,9 @@ import torch
 # From the defining modules: while PEFT itself is being imported, its top level is not there yet.
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.model import LoraModel
+from torch import Tensor, nn
 
+from hqqplus.kernels.lora import Adapter, matmul_lora
 from hqqplus.modules import PackedEmbedding, PackedLinear
 
 if TYPE_CHECKING:
@@ -34,6 +41,43 @@ MERGE_REFUSED = (
 class PackedLoraLinear(LoraLinear):
     """LoRA, DoRA, rsLoRA and the rest of PEFT's linear layer, over a `PackedLinear`; only merging is refused."""
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        names = self._fused_adapters() if _untouched(base, PackedLinear) and not args and not kwargs else None
+        if not names:
+            return super().forward(x, *args, **kwargs)
+        assert isinstance(base, PackedLinear)
+        if torch.is_autocast_enabled(x.device.type):  # as the base layer does
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return matmul_lora(x, base.op_arguments(), base.bias, [self._adapter(name, x) for name in names])
+
+    def _adapter(self, name: str, x: Tensor) -> Adapter:
+        down, up, dropout = self._parts(name)
+        # What a dropout leaves of x is a tensor of its own, as in PEFT.
+        own = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
+        return Adapter(down.weight, up.weight, self.scaling[name], own)
+
+    def _parts(self, name: str) -> tuple[Any, Any, Any]:
+        return self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+
+    def _fused_adapters(self) -> list[str] | None:
+        """The active adapters if `matmul_lora` serves each of them; None if PEFT's forward pass has to."""
+        if self.disable_adapters or self.merged:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        return names if all(self._fusible(name) for name in names) else None
+
+    def _fusible(self, name: str) -> bool:
+        down, up, dropout = self._parts(name)
+        return (
+            name not in self.lora_variant
+            and _untouched(down, nn.Linear)
+            and _untouched(up, nn.Linear)
+            and (_untouched(dropout, nn.Identity) or _untouched(dropout, nn.Dropout))
+            and down.bias is None
+            and up.bias is None
+        )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         raise ValueError(MERGE_REFUSED)
 
@@ -44,6 +88,22 @@ class PackedLoraLinear(LoraLinear):
         base = self.get_base_layer()
         assert isinstance(base, PackedLinear)
         return base.W_q.device, base.compute_dtype
+
+
+def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what a `kind` does and no more, so that its parameters can be used directly.
+
+    FSDP and tensor parallelism change the class, DeepSpeed and offloading hook the call or replace the forward pass:
+    then the parameters may be elsewhere until the module is called.
+    """
+    return (
+        type(module) is kind
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and not module._backward_pre_hooks
+        and not module._backward_hooks
+        and "forward" not in module.__dict__
+    )
 
 
 def register_packed_lora() -> None:

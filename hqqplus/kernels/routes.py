@@ -1,25 +1,258 @@
-"""Which backend serves a call: by its device, its number of rows and the layer."""
+"""Which backend serves a call: by its device, its rows of x and the layer.
+
+    CPU                                   `cpu.py`
+    CUDA, few rows of x                   `triton/matmul.py`     the codes themselves on tensor cores
+    CUDA, dozens of rows                  `triton/gemm.py`       the same, a plane at a time
+    CUDA, few rows, any other layer       `triton/general.py`    3 bits, axis 0, groups of 8, float32
+    CUDA, many rows; all backward passes  `triton/dense.py`      dequantized in slices, cuBLAS
+    CUDA where humming was asked for      `humming.py`           forward only
+    anything else, float64                `reference.py`
+
+Where one ends and the next begins is `CROSSOVERS`, a row for each architecture, and what the environment variable
+`HQQPLUS_CROSSOVERS` changes in it, such as `sm_89: some=128, slice_mib=8; sm_90: few=8`. `hqqplus env` prints it.
+There is no switch for the whole process: each device has its own row, each call its own choice. A kernel that cannot
+be compiled or started on a device is reported once and replaced by the reference from then on.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from hqqplus.kernels import reference
+from hqqplus.kernels import cpu, humming, reference, triton
 from hqqplus.kernels.packed import Packed
 
+VARIABLE = "HQQPLUS_CROSSOVERS"
 
-def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
-    return reference.dequantize(packed, dtype)
+
+@dataclass(frozen=True)
+class Crossovers:
+    """Up to how many rows of x which kernel is used on an architecture.
+
+    Attributes:
+        few: rows up to which `triton/matmul.py` serves.
+        some: rows up to which `triton/gemm.py` serves.
+        general: rows up to which `triton/general.py` serves the layers that have no other kernel.
+        slice_mib: MiB of dequantized weight that a slice of `triton/dense.py` has; 0: it is not sliced.
+    """
+
+    few: int
+    some: int
+    general: int
+    slice_mib: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{field.name}={getattr(self, field.name)}" for field in dataclasses.fields(self))
+
+
+# Nothing here is measured yet (benchmarks/kernels.py will). `some`: where bitsandbytes 0.50 found its fused 4-bit
+# product to lose, 256 rows on sm_89 and 64 on sm_90; `general`: from instructions counted; `slice_mib`: from the size
+# of the L2 cache. Triton has no tensor cores on sm_75.
+CROSSOVERS = {
+    75: Crossovers(few=0, some=0, general=0, slice_mib=0),
+    80: Crossovers(few=16, some=128, general=16, slice_mib=16),
+    86: Crossovers(few=16, some=128, general=16, slice_mib=0),
+    89: Crossovers(few=16, some=256, general=16, slice_mib=16),
+    90: Crossovers(few=16, some=64, general=0, slice_mib=16),
+    100: Crossovers(few=16, some=64, general=0, slice_mib=32),
+    120: Crossovers(few=16, some=128, general=16, slice_mib=32),
+}
+# Under Triton's interpreter, on CPU tensors: all kernels within reach of small tests.
+_INTERPRETED = Crossovers(few=8, some=24, general=8, slice_mib=1)
 
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    return reference.matmul(x, packed, bias)
+    """`x` [..., in_features] times the transposed weight, plus `bias`: [..., out_features]."""
+    backend = _backend(x.device, x.dtype)
+    if backend != "triton":
+        return (cpu if backend == "cpu" else reference).matmul(x, packed, bias)
+    flat = x.reshape(-1, packed.shape[1])
+    kernel = forward_kernel(packed, flat.shape[0], x.dtype, x.device)
+    y = _attempt(kernel, lambda: _forward(kernel, flat, packed, bias), lambda: reference.matmul(flat, packed, bias), x)
+    return y.view(*x.shape[:-1], packed.shape[0])
 
 
 def matmul_dx(dy: Tensor, packed: Packed) -> Tensor:
-    return reference.matmul_dx(dy, packed)
+    """`dy` [..., out_features] times the weight: [..., in_features]."""
+    backend = _backend(dy.device, dy.dtype)
+    if backend != "triton":
+        return (cpu if backend == "cpu" else reference).matmul_dx(dy, packed)
+    flat = dy.reshape(-1, packed.shape[0])
+
+    def dense() -> Tensor:
+        from hqqplus.kernels.triton import dense
+
+        return dense.matmul_dx(flat, packed, crossovers(dy.device).slice_mib << 20)
+
+    dx = _attempt("dense", dense, lambda: reference.matmul_dx(flat, packed), dy)
+    return dx.view(*dy.shape[:-1], packed.shape[1])
+
+
+def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight [out_features, in_features] in `dtype`."""
+    backend = _backend(packed.W_q.device, dtype)
+    if backend != "triton":
+        return (cpu if backend == "cpu" else reference).dequantize(packed, dtype)
+
+    def kernel() -> Tensor:
+        from hqqplus.kernels.triton.dequantize import dequantize
+
+        return dequantize(packed, dtype)
+
+    return _attempt("dequantize", kernel, lambda: reference.dequantize(packed, dtype), packed.W_q)
 
 
 def embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
-    return reference.embedding(ids, packed, dtype)
+    """Rows `ids` [...] of the matrix: [..., in_features] in `dtype`."""
+    backend = _backend(packed.W_q.device, dtype)
+    if backend != "triton":
+        return (cpu if backend == "cpu" else reference).embedding(ids, packed, dtype)
+
+    def kernel() -> Tensor:
+        from hqqplus.kernels.triton.embedding import embedding
+
+        return embedding(ids, packed, dtype)
+
+    return _attempt("embedding", kernel, lambda: reference.embedding(ids, packed, dtype), packed.W_q)
+
+
+def forward_kernel(packed: Packed, rows: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel for a forward product of `rows` rows on a device that Triton serves: a name of the list above."""
+    if humming.enabled() and humming.available(device) and humming.supports(packed.spec, packed.shape, dtype, device):
+        return "humming"
+    limits = crossovers(device)
+    from hqqplus.kernels.triton import general, product
+
+    if rows == 0:
+        return "dense"
+    if product.supports(packed, dtype):
+        return "matmul" if rows <= limits.few else "gemm" if rows <= limits.some else "dense"
+    return "general" if rows <= limits.general and general.supports(packed, dtype) else "dense"
+
+
+def _forward(kernel: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    if kernel == "humming":
+        return humming.matmul(x, humming.cached(packed, x.dtype), bias)
+    from hqqplus.kernels.triton import dense, gemm, general, matmul
+
+    if kernel == "dense":
+        return dense.matmul(x, packed, bias, crossovers(x.device).slice_mib << 20)
+    module = {"matmul": matmul, "gemm": gemm, "general": general}[kernel]
+    return module.matmul(x, packed, bias, processors(x.device))
+
+
+def _backend(device: torch.device, dtype: torch.dtype) -> str:
+    """`triton`, `cpu` or `reference`."""
+    served = dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if device.type == "cpu":
+        return "triton" if triton.interpreted() and served else "cpu"
+    return "triton" if device.type == "cuda" and served and _has_triton(device) else "reference"
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels can run on a GPU; the reason why not is reported once."""
+    capability = _capability(device)
+    if torch.version.hip is not None:
+        reason = "the kernels are written for CUDA"
+    elif capability < min(CROSSOVERS):
+        reason = f"they need compute capability {min(CROSSOVERS) / 10:.1f}, this card has {capability / 10:.1f}"
+    elif not triton.available():
+        reason = "Triton is not installed"
+    else:
+        return True
+    warnings.warn(f"{device}: packed layers run on the slow torch reference: {reason}", stacklevel=2)
+    return False
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """SMs of a GPU; of the interpreter 4."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def crossovers(device: torch.device) -> Crossovers:
+    """The row of the table that holds for a device."""
+    return _INTERPRETED if device.type == "cpu" else for_capability(_capability(device))
+
+
+@cache
+def for_capability(capability: int) -> Crossovers:
+    """The row for compute capability `capability` (89 is 8.9): its own, or the next older architecture's.
+
+    Raises:
+        ValueError: if `HQQPLUS_CROSSOVERS` cannot be read.
+    """
+    known = max((listed for listed in CROSSOVERS if listed <= capability), default=min(CROSSOVERS))
+    changes = parse(os.environ.get(VARIABLE, ""))
+    return dataclasses.replace(CROSSOVERS[known], **changes.get(capability, changes.get(known, {})))
+
+
+def parse(text: str) -> dict[int, dict[str, int]]:
+    """`sm_89: some=128, slice_mib=8; sm_90: few=8` -> the changes by compute capability.
+
+    Raises:
+        ValueError: for anything else, with what is allowed.
+    """
+    names = [field.name for field in dataclasses.fields(Crossovers)]
+    changes: dict[int, dict[str, int]] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        match = re.fullmatch(r"sm_(\d+)\s*:\s*(.+)", part)
+        pairs = [re.fullmatch(r"(\w+)\s*=\s*(\d+)", pair.strip()) for pair in match[2].split(",")] if match else [None]
+        for pair in pairs:
+            if match is None or pair is None or pair[1] not in names:
+                form = f"'sm_89: NAME=NUMBER, ...' with NAME one of {', '.join(names)}"
+                raise ValueError(f"{VARIABLE}: {part!r} is not of the form {form}")
+            changes.setdefault(int(match[1]), {})[pair[1]] = int(pair[2])
+    return changes
+
+
+_broken: set[tuple[str, torch.device]] = set()
+
+
+def _attempt(kernel: str, run: Callable[[], Tensor], instead: Callable[[], Tensor], x: Tensor) -> Tensor:
+    """`run()`; where that kernel cannot be compiled or started on the device of `x`, `instead()`, from then on."""
+    if (kernel, x.device) in _broken:
+        return instead()
+    current: AbstractContextManager[object] = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    try:
+        with current:
+            return run()
+    except (torch.OutOfMemoryError, ValueError):
+        raise
+    except Exception as error:
+        if not _cannot_run(error):
+            raise
+        _broken.add((kernel, x.device))
+        warnings.warn(
+            f"{x.device}: the kernel {kernel!r} cannot run here, the slow torch reference does instead: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            stacklevel=2,
+        )
+        return instead()
+
+
+def _cannot_run(error: Exception) -> bool:
+    """Whether an error says that a kernel could not be built or started, rather than that it went wrong."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    if isinstance(error, CompilationError | OutOfResources | PTXASError | subprocess.CalledProcessError | OSError):
+        return True
+    return isinstance(error, RuntimeError) and "C compiler" in str(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -74,18 +74,13 @@ class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        return torch.ops.hqqplus.matmul(x, *self.op_arguments(), self.bias)
+
+    def op_arguments(self) -> tuple[Any, ...]:
+        """What `torch.ops.hqqplus.matmul` takes between x and the bias."""
         spec = self.spec
-        return torch.ops.hqqplus.matmul(
-            x,
-            self.W_q,
-            *self.metadata(),
-            spec.nbits,
-            spec.group_size,
-            spec.axis,
-            self.out_features,
-            self.in_features,
-            self.bias,
-        )
+        sizes = spec.nbits, spec.group_size, spec.axis, self.out_features, self.in_features
+        return self.W_q, *self.metadata(), *sizes
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

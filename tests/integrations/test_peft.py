@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hqqplus import HqqPlusConfig
 from hqqplus.integrations.peft import PackedLoraLinear
-from hqqplus.modules import packed_modules
+from hqqplus.modules import PackedLinear, packed_modules
+from hqqplus.quantization import QuantSpec
+from tests.conftest import load_benchmark
 
 IDS = torch.arange(3, 35).view(1, -1)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -132,3 +136,230 @@ def test_lora_on_an_ordinary_model_is_left_to_peft(random_model: Callable[..., P
     model = adapted(random_model("qwen2"))
     assert not any(isinstance(m, PackedLoraLinear) for m in model.modules())
     model.merge_and_unload()
+
+
+# One layer, against PEFT's own forward pass on it.
+
+IN, OUT = 64, 48
+
+
+def layer_with(*adapters: dict[str, Any], bias: bool = False) -> PackedLoraLinear:
+    """A packed layer in training mode with these adapters, all of them active and trained."""
+    torch.manual_seed(0)
+    model = nn.Sequential(PackedLinear.from_linear(nn.Linear(IN, OUT, bias), QuantSpec(2, 32)))
+    configs = [LoraConfig(**{"r": 4, "init_lora_weights": False, "target_modules": ["0"], **a}) for a in adapters]
+    adapted = get_peft_model(model, configs[0], adapter_name="0")
+    for number, config in enumerate(configs[1:], 1):
+        adapted.add_adapter(str(number), config)
+    adapted.base_model.set_adapter([str(number) for number in range(len(configs))])
+    layer = adapted.base_model.model[0]
+    assert type(layer) is PackedLoraLinear
+    return layer.train()
+
+
+def is_fused(y: Tensor) -> bool:
+    return y.grad_fn is not None and "MatmulLora" in type(y.grad_fn).__name__
+
+
+def outputs_and_gradients(forward: Callable[..., Tensor], layer: Any, x: Tensor, **arguments: Any) -> list[Tensor]:
+    """[y, gradients of x (where it wants one) and of all trained parameters], from the same random state."""
+    torch.manual_seed(1)
+    y = forward(layer, x, **arguments)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    wanted = [t for t in (x, *layer.parameters()) if t.requires_grad]
+    return [y, *torch.autograd.grad(y, wanted, dy)]
+
+
+TWO = [{"r": 4, "lora_alpha": 3}, {"r": 6, "use_rslora": True, "lora_dropout": 0.4}]
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [[{}], [{"r": 3, "lora_alpha": 5}], [{"use_rslora": True}], [{"lora_dropout": 0.3}], TWO],
+    ids=["plain", "scaled", "rslora", "dropout", "two"],
+)
+@pytest.mark.parametrize("train_x", [True, False], ids=["x", "first layer"])
+def test_fused_forward_and_gradients_equal_pefts(adapters: list[dict[str, Any]], train_x: bool) -> None:
+    layer = layer_with(*adapters, bias=True)
+    layer.base_layer.bias.requires_grad_()
+    x = torch.randn(3, 5, IN).requires_grad_(train_x)
+    found = outputs_and_gradients(PackedLoraLinear.forward, layer, x)
+    expected = outputs_and_gradients(PeftLoraLinear.forward, layer, x)
+    assert is_fused(found[0])
+    assert not is_fused(expected[0])
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+    layer.eval()
+    torch.testing.assert_close(layer(x), PeftLoraLinear.forward(layer, x))
+
+
+def test_the_scale_that_peft_sets_is_the_one_that_is_used() -> None:
+    layer = layer_with({})
+    x = torch.randn(3, IN)
+    layer.set_scale("0", 2.5)
+    torch.testing.assert_close(layer(x), PeftLoraLinear.forward(layer, x))
+    layer.scale_layer(0.0)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+
+
+def test_a_disabled_or_foreign_adapter_leaves_the_base() -> None:
+    layer = layer_with({}, {"r": 2})
+    x = torch.randn(3, IN)
+    base = layer.base_layer(x)
+    layer.set_adapter("1")
+    torch.testing.assert_close(layer(x), PeftLoraLinear.forward(layer, x))
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), base)
+    layer.enable_adapters(True)
+    layer._active_adapter = ["of another layer"]
+    assert torch.equal(layer(x), base)
+
+
+@pytest.mark.parametrize("variant", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "bias"])
+def test_what_is_not_plain_is_left_to_peft(variant: dict[str, Any]) -> None:
+    for layer in (layer_with(variant, bias=True), layer_with({}, variant, bias=True)):
+        x = torch.randn(3, IN, requires_grad=True)
+        found = outputs_and_gradients(PackedLoraLinear.forward, layer, x)
+        assert not is_fused(found[0])
+        torch.testing.assert_close(found, outputs_and_gradients(PeftLoraLinear.forward, layer, x), rtol=0, atol=0)
+
+
+def test_a_batch_of_mixed_adapters_is_left_to_peft() -> None:
+    layer = layer_with({}, {"r": 2}).eval()
+    x = torch.randn(3, 5, IN)
+    names = ["1", "__base__", "0"]
+    found = layer(x, adapter_names=names)
+    for row, name in enumerate(names):
+        layer.set_adapter([] if name == "__base__" else name)
+        torch.testing.assert_close(found[row], layer(x[row]))
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "backward hook", "forward", "class"])
+def test_a_part_that_is_hooked_or_replaced_is_called(part: str, how: str) -> None:
+    """Offloading, DeepSpeed and FSDP bring the parameters when the part is called."""
+    layer = layer_with({})
+    x = torch.randn(3, IN, requires_grad=True)
+    assert is_fused(layer(x))
+    module = layer.base_layer if part == "base_layer" else getattr(layer, part)["0"]
+    calls = []
+    if how == "hook":
+        module.register_forward_hook(lambda *_: calls.append(1))
+    elif how == "pre-hook":
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
+    elif how == "backward hook":
+        module.register_full_backward_hook(lambda *_: calls.append(1))
+    elif how == "forward":
+        original = module.forward
+        module.forward = lambda x: calls.append(1) or original(x)
+    else:
+        kind = type(module)
+        module.__class__ = type("Wrapped", (kind,), {"forward": lambda m, x: calls.append(1) or kind.forward(m, x)})
+    y = layer(x)
+    y.sum().backward()
+    assert calls
+    assert not is_fused(y)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True), (torch.float32, False)],
+    ids=["bf16", "bf16 autocast", "fp32 autocast", "fp32"],
+)
+def test_dtypes_are_pefts_and_errors_no_larger(dtype: torch.dtype, autocast: bool) -> None:
+    layer = layer_with({"lora_alpha": 32})
+    assert all(p.dtype == torch.float32 for p in layer.parameters() if p.requires_grad)
+    x = torch.randn(400, IN, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", enabled=autocast):
+        found = outputs_and_gradients(PackedLoraLinear.forward, layer, x)
+        peft = outputs_and_gradients(PeftLoraLinear.forward, layer, x)
+    assert is_fused(found[0])
+    assert [t.dtype for t in found] == [t.dtype for t in peft]
+    # PEFT's double, in float64: what both should give.
+    layer.double()
+    exact = outputs_and_gradients(PeftLoraLinear.forward, layer, x.detach().double().requires_grad_())
+    # Without autocast PEFT computes the adapter in float32, which is what this route does without: a rounding more.
+    allowed = 1.05 if autocast or dtype == torch.float32 else 3
+    for one, other, truth in zip(found, peft, exact, strict=True):
+        errors = [(t.double() - truth).norm() / truth.norm() for t in (one, other)]
+        assert errors[0] <= allowed * errors[1] + 1e-6
+        assert errors[0] < 1e-2
+
+
+@pytest.mark.parametrize("case", ["bf16", "bf16, autocast", "fp32"])
+def test_memory_beside_input_output_and_gradients(case: str) -> None:
+    """No copy of x, no tensor of the size of y or dx; PEFT's forward pass has several, so the counting is right."""
+    benchmark = load_benchmark("lora_memory")
+    layer = benchmark.make_layer(256, 256, 4)
+    dtype, autocast = benchmark.CASES[case]
+    tokens = 512
+    result = benchmark.compare(layer, tokens, dtype, autocast)
+    size = tokens * 256 * dtype.itemsize  # of x, y, dy and dx
+    h, adapter = tokens * 4 * dtype.itemsize, 2 * 256 * 4 * dtype.itemsize
+    ours, peft = result["hqqplus"], result["peft"]
+    assert ours["kept"] == h
+    assert ours["forward"] <= h + adapter
+    assert ours["backward"] <= 2 * h + 2 * adapter
+    assert h + adapter < size / 10
+    assert peft["kept"] >= (h if case == "fp32" else size)
+    assert peft["forward"] >= 2 * size
+    assert peft["backward"] >= 2 * size
+
+
+def test_dropout_keeps_one_tensor_of_the_size_of_x() -> None:
+    benchmark = load_benchmark("lora_memory")
+    layer = benchmark.make_layer(256, 256, 4, lora_dropout=0.5)
+    x = torch.randn(512, 256, dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        y = layer.train()(x)
+    assert is_fused(y)
+    packed = {p.data_ptr() for p in layer.parameters()}
+    large = [t for pointer, t in kept.items() if pointer not in packed and t.numel() == x.numel()]
+    # What the dropout left, and the mask that dropout itself keeps; x is not among them.
+    assert len(large) == 2
+    assert x.data_ptr() not in kept
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(
+    packed: Path, use_reentrant: bool, dropout: float, autocast: bool
+) -> None:
+    model = adapted(packed, lora_dropout=dropout).train()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        torch.manual_seed(0)
+        with torch.autocast("cpu", enabled=autocast):
+            loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    expected = gradients()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert model.is_gradient_checkpointing
+    found = gradients()
+    assert len(found) == 2 * 2 * len(PROJECTIONS)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_model_learns_the_same_with_pefts_forward_pass(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses() -> list[float]:
+        model = adapted(packed, use_rslora=True)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        found = []
+        for _ in range(4):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    ours = losses()
+    monkeypatch.setattr(PackedLoraLinear, "forward", PeftLoraLinear.forward)
+    assert ours == pytest.approx(losses(), rel=1e-5)
+    assert ours[-1] < ours[0]

@@ -1,9 +1,9 @@
 """y = x W^T + bias for some dozens of rows of x: a product on tensor cores whose weights are unpacked in registers.
 
-Formula. That of `matmul.py`, with one plane at a time and all factors 1:
+Formula. That of `matmul.py`, with one plane at a time and codes about their middle, which 16 bits hold exactly (but
+not those of 8 bits in bfloat16, whose products start from -Q / 2 X):
 
-    y[n, m] = sum_g  s D_g[n, m] + (o + s Q / 2) X_g[m] + bias[n]
-    D_g     = sum_k (base + q) x[m, k]  -  (base + Q / 2) X_g[m]
+    y[n, m] = sum_g  s sum_k (q - Q / 2) x[m, k]  +  (o + s Q / 2) X_g[m]  +  bias[n]
 
 Layout. The loop goes over planes: of a tile [BN, PLANE] of bytes one plane is unpacked and multiplied by a tile
 [PLANE, BM] of x, so that what is in flight is one plane's share of x and not a whole block's. Each byte is loaded once
@@ -18,21 +18,36 @@ x is read N / BN times, from L2.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hqqplus.kernels.packed import Packed
-from hqqplus.kernels.triton.codes import any_assembly, any_plane, dot
-from hqqplus.kernels.triton.metadata import load_scale
-from hqqplus.kernels.triton.product import DTYPES, Cut, add_middles, add_tail, finish, prepare, split
+from hqqplus.kernels.triton.codes import centred_assembly, centred_plane, dot
+from hqqplus.kernels.triton.metadata import _half, load_scale, load_words
+from hqqplus.kernels.triton.product import (
+    DTYPES,
+    Cut,
+    Launch,
+    add_middles,
+    add_tail,
+    finish,
+    layer_constants,
+    product_arguments,
+    rows_of,
+    run,
+    sums_of,
+    tiles_of,
+    whole_blocks,
+)
 
 
 def shipped(rows: int, plane: int) -> Cut:
     """The cut for `rows` rows of x and planes of `plane` codes."""
     if plane <= 64:
-        return Cut(32, 64, 4, 4) if rows <= 32 else Cut(64, 128, 3, 4)
+        return Cut(32, 128, 3, 4) if rows <= 32 else Cut(64, 128, 3, 8)
     if plane == 128:
         return Cut(32, 64, 3, 4) if rows <= 32 else Cut(64, 64, 3, 4)
     return Cut(32, 64, 2, 4)
@@ -44,7 +59,7 @@ def gemm_kernel(
     M, N, K, padded, groups, blocks, columns, stride_x, stride_w,
     ASM: tl.constexpr, QMAX: tl.constexpr, NBITS: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr,
     ONE_GROUP: tl.constexpr, HAS_MAPS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    TAIL: tl.constexpr, PAIRED: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TAIL: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile [BM, BN] of y, or a share of its sum."""
@@ -70,18 +85,27 @@ def gemm_kernel(
         k = t * PLANE
         mask = inside if EVEN_K else inside & (k + j < K)[:, None]
         operand = tl.load(x_tile + k, mask=mask, other=0.0)
-        start = tl.load(starts + t * columns + m)
         if ONE_GROUP:
             s = load_scale(scale, maps, entry, None, HAS_MAPS)
-        elif PAIRED:
-            # Two 16-bit scales to a load, which can then be an asynchronous copy.
-            pair = tl.load((scale + entry + t // 2 * 2).to(tl.pointer_type(tl.int32), bitcast=True))
-            half = (pair >> (t % 2 * 16)).to(tl.int16)
-            s = half.to(scale.dtype.element_ty, bitcast=True).to(tl.float32)
-        else:
+        elif WIDE == 0:
             s = load_scale(scale, maps, entry + t, None, HAS_MAPS)
-        numbers = any_plane(w, t - b * PER, NBITS, ASM, BF16)
-        product = dot(numbers, operand, tl.broadcast_to(start[None, :], (BN, BM)))
+        else:
+            # Several scales to a load, which can then be an asynchronous copy.
+            word = tl.load((scale + entry + t // WIDE * WIDE).to(tl.pointer_type(tl.int32), bitcast=True))
+            if HAS_MAPS:
+                step = load_words(maps, (entry + t) // 128 * 4, None, 2, 2)
+                code = ((word >> (t % WIDE * 8)) & 255).to(tl.float32)
+                s = code - _half(step[0], 1, maps.dtype.element_ty)
+                s = s * (_half(step[0], 0, maps.dtype.element_ty) * (1 / 256))
+            else:
+                half = (word >> (t % WIDE * 16)).to(tl.int16)
+                s = half.to(scale.dtype.element_ty, bitcast=True).to(tl.float32)
+        numbers = centred_plane(w, t - b * PER, NBITS, ASM, BF16)
+        if NBITS == 8 and BF16:
+            start = tl.load(starts + t * columns + m)
+            product = dot(numbers, operand, tl.broadcast_to(start[None, :], (BN, BM)))
+        else:
+            product = dot(numbers, operand, tl.zeros((BN, BM), tl.float32))
         acc = tl.math.fma(product, s[:, None], acc)
 
     acc = add_middles(
@@ -100,45 +124,34 @@ def gemm_kernel(
     finish(acc, cells, inside & (n < N)[:, None], added, partial, counters, HAS_BIAS, SPLIT, BN, BM)
 
 
-def constants(packed: Packed, dtype: torch.dtype) -> dict[str, object]:
-    """The compile-time arguments of `gemm_kernel` that follow from the layer and the type of x."""
-    layout, nbits = packed.layout, packed.spec.nbits
-    whole = layout.padded * nbits // (8 * layout.plane) * (8 // nbits) * layout.plane
-    return {
-        "ASM": any_assembly(nbits, DTYPES[dtype]),
-        "QMAX": packed.spec.qmax,
-        "NBITS": nbits,
-        "PLANE": layout.plane,
-        "GROUP": layout.group,
-        "ONE_GROUP": layout.groups == 1,
-        "HAS_MAPS": packed.blocks is not None,
-        "EVEN_K": whole <= packed.shape[1],
-        "TAIL": whole < layout.padded,
-        "PAIRED": packed.blocks is None and layout.groups % 2 == 0,
+def launches(
+    x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, processors: int, cut: Cut | None = None, shares: int = 0
+) -> list[Launch]:
+    """What is to be started for y [M, out_features] = x [M, in_features] W^T + bias; as `matmul.launches`."""
+    nbits = packed.spec.nbits
+    cut = cut or shipped(x.shape[0], packed.layout.plane)
+    tiles = tiles_of(x, packed.shape[0], cut, whole_blocks(packed), processors, shares)
+    sums = sums_of(x, packed, (1,) * (8 // nbits), cut, tiles)
+    wide = 4 // packed.scale.element_size()
+    constants = {
+        "ASM": centred_assembly(nbits, DTYPES[x.dtype]),
+        **layer_constants(packed),
+        "WIDE": wide if run(packed, wide) == wide else 0,
+        "HAS_BIAS": bias is not None,
+        "SPLIT": tiles.shares,
+        "BM": cut.BM,
+        "BN": cut.BN,
+        "STAGES": cut.stages,
     }
+    arguments = product_arguments(x, packed, bias, y, sums, tiles)
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    return [sums.launch, Launch(gemm_kernel, tiles.grid, arguments, constants, options)]
 
 
-def matmul(
-    x: Tensor, packed: Packed, bias: Tensor | None, processors: int, cut: Cut | None = None, shares: int = 0
-) -> Tensor:
+def matmul(x: Tensor, packed: Packed, bias: Tensor | None, processors: int, **cut: Any) -> Tensor:
     """`x` [M, in_features] times the transposed weight, plus `bias`: [M, out_features]; as `matmul.matmul`."""
-    M, N = x.shape[0], packed.shape[0]
-    y = x.new_empty((M, N))
-    if M == 0:
-        return y
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    layout = packed.layout
-    cut = cut or shipped(M, layout.plane)
-    blocks = layout.padded * packed.spec.nbits // (8 * layout.plane)
-    grid_n, grid_m = triton.cdiv(N, cut.BN), triton.cdiv(M, cut.BM)
-    shares = shares or split(grid_n * grid_m, blocks, processors)
-    scratch = prepare(x, packed, (1,) * (8 // packed.spec.nbits), cut, shares)
-    gemm_kernel[(grid_n, shares, grid_m)](
-        x, packed.W_q, packed.scale, packed.offset, packed.scale if packed.blocks is None else packed.blocks,
-        scratch.sums, scratch.starts, x if bias is None else bias, y, scratch.partial, scratch.counters,
-        M, packed.shape[0], packed.shape[1], layout.padded, layout.groups, blocks, scratch.sums.shape[1], x.stride(0),
-        packed.W_q.stride(0), **constants(packed, x.dtype), HAS_BIAS=bias is not None, SPLIT=shares, BM=cut.BM,
-        BN=cut.BN, STAGES=cut.stages, num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
+    y = x.new_empty((x.shape[0], packed.shape[0]))
+    if y.numel():
+        for launch in launches(rows_of(x), packed, bias, y, processors, **cut):
+            launch.run()
     return y

@@ -1,7 +1,7 @@
 """y = x W^T + bias for any packed weight: both axes, 3 bits, small groups, float32. What has no faster kernel.
 
-Formula. W[n, k] = s q + o, rounded to the type of x as the reference does, in tiles [BK, BN]; y = x W^T on tensor cores
-(in float32 for float32 x).
+Formula. W[n, k] = s q + o, rounded to the type of x as the reference does, in tiles [BK, BN]; y = x W^T on tensor
+cores (in float32 for float32 x).
 
 Layout. Byte and shift of a code come from index arithmetic (`codes.place`), each code is loaded by itself, from L1 but
 for the first of a byte; its scale and offset likewise. Ten times the instructions of `matmul.py`, and still one pass
@@ -14,6 +14,8 @@ Bytes. For each weight and tile of BM rows of x, bpw / 8 from memory.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from hqqplus.kernels.packed import Packed
 from hqqplus.kernels.triton.codes import codes, dot
+from hqqplus.kernels.triton.convert import round_to
 from hqqplus.kernels.triton.metadata import load_offset, load_scale
-from hqqplus.kernels.triton.product import Cut, finish, split, split_buffers
+from hqqplus.kernels.triton.product import Cut, Launch, finish, maps_of, rows_of, tiles_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BK = 32
@@ -61,7 +64,7 @@ def general_kernel(
             entries = k[:, None] * groups + (n // GROUP)[None, :]
         s = load_scale(scale, maps, entries, mask, HAS_MAPS)
         o = load_offset(offset, maps, entries, s, mask, QMAX, HAS_MAPS)
-        weight = tl.math.fma(q, s, o).to(DTYPE)
+        weight = round_to(tl.math.fma(q, s, o), DTYPE)
         inside = (m < M)[:, None] & (k < K)[None, :]
         operand = tl.load(x + m.to(tl.int64)[:, None] * stride_x + k[None, :], mask=inside, other=0.0)
         if DTYPE == tl.float32:
@@ -82,28 +85,38 @@ def supports(packed: Packed, dtype: torch.dtype) -> bool:
     return dtype in DTYPES and layout.groups * layout.rows < 2**31
 
 
-def matmul(
-    x: Tensor, packed: Packed, bias: Tensor | None, processors: int, cut: Cut | None = None, shares: int = 0
-) -> Tensor:
+def launches(
+    x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, processors: int, cut: Cut | None = None, shares: int = 0
+) -> list[Launch]:
+    """What is to be started for y [M, out_features] = x [M, in_features] W^T + bias; as `matmul.launches`."""
+    spec, layout, (N, K) = packed.spec, packed.layout, packed.shape
+    cut = cut or shipped(x.shape[0])
+    tiles = tiles_of(x, N, cut, triton.cdiv(K, 4 * _BK), processors, shares)
+    if tiles.used:
+        tiles.counters.zero_()
+    tensors = [x, packed.W_q, packed.scale, packed.offset, maps_of(packed), x if bias is None else bias, y]
+    sizes = [x.shape[0], N, K, layout.padded, layout.groups, x.stride(0), packed.W_q.stride(0)]
+    constants = {
+        "AXIS": spec.axis,
+        "QMAX": spec.qmax,
+        "NBITS": spec.nbits,
+        "PLANE": layout.plane,
+        "GROUP": layout.group,
+        "HAS_MAPS": packed.blocks is not None,
+        "HAS_BIAS": bias is not None,
+        "SPLIT": tiles.shares,
+        "BM": cut.BM,
+        "BN": cut.BN,
+        "BK": _BK,
+    }
+    arguments = [*tensors, tiles.partial, tiles.counters, *sizes]
+    return [Launch(general_kernel, tiles.grid, arguments, constants, {"num_warps": cut.warps})]
+
+
+def matmul(x: Tensor, packed: Packed, bias: Tensor | None, processors: int, **cut: Any) -> Tensor:
     """`x` [M, in_features] times the transposed weight, plus `bias`: [M, out_features]; as `matmul.matmul`."""
-    M, (N, K) = x.shape[0], packed.shape
-    y = x.new_empty((M, N))
-    if M == 0:
-        return y
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    layout = packed.layout
-    cut = cut or shipped(M)
-    grid_n, grid_m = triton.cdiv(N, cut.BN), triton.cdiv(M, cut.BM)
-    shares = shares or split(grid_n * grid_m, triton.cdiv(K, _BK) // 4, processors)
-    partial, counters = split_buffers(grid_n * grid_m, shares, cut, x.device)
-    if shares > 1:
-        counters.zero_()
-    general_kernel[(grid_n, shares, grid_m)](
-        x, packed.W_q, packed.scale, packed.offset, packed.scale if packed.blocks is None else packed.blocks,
-        x if bias is None else bias, y, partial, counters,
-        M, N, K, layout.padded, layout.groups, x.stride(0), packed.W_q.stride(0),
-        packed.spec.axis, packed.spec.qmax, packed.spec.nbits, layout.plane, layout.group, packed.blocks is not None,
-        bias is not None, shares, cut.BM, cut.BN, _BK, num_warps=cut.warps,
-    )  # fmt: skip
+    y = x.new_empty((x.shape[0], packed.shape[0]))
+    if y.numel():
+        for launch in launches(rows_of(x), packed, bias, y, processors, **cut):
+            launch.run()
     return y

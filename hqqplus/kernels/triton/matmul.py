@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,7 +35,21 @@ from torch import Tensor
 from hqqplus.kernels.packed import Packed
 from hqqplus.kernels.triton.codes import dot, factor, ordered, plane, planes, shifted
 from hqqplus.kernels.triton.metadata import _byte, _half, load_scale, load_words
-from hqqplus.kernels.triton.product import DTYPES, Cut, add_middles, add_tail, finish, prepare, split
+from hqqplus.kernels.triton.product import (
+    DTYPES,
+    Cut,
+    Launch,
+    add_middles,
+    add_tail,
+    finish,
+    layer_constants,
+    product_arguments,
+    rows_of,
+    run,
+    sums_of,
+    tiles_of,
+    whole_blocks,
+)
 
 MOST_ROWS = 16
 
@@ -130,58 +143,42 @@ def matmul_kernel(
     finish(acc, cells, inside & (n < N)[:, None], added, partial, counters, HAS_BIAS, SPLIT, BN, BM)
 
 
-def constants(packed: Packed, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments of `matmul_kernel` that follow from the layer and the type of x."""
-    layout, nbits, name = packed.layout, packed.spec.nbits, DTYPES[dtype]
-    per = 8 // nbits
-    blocks = layout.padded // (per * layout.plane)
-    # As many entries to a load as a row of them is aligned to, and as fit into 64 bits.
-    run = per
-    while layout.groups % run or run * packed.scale.element_size() > 8:
-        run //= 2
-    return {
-        "FACTORS": tuple(factor(i, nbits, name) for i in range(per)),
-        "ASM": planes(nbits, name),
-        "QMAX": packed.spec.qmax,
-        "NBITS": nbits,
-        "PLANE": layout.plane,
-        "GROUP": layout.group,
-        "ONE_GROUP": layout.groups == 1,
-        "HAS_MAPS": packed.blocks is not None,
-        "EVEN_K": blocks * per * layout.plane <= packed.shape[1],
-        "TAIL": blocks * per * layout.plane < layout.padded,
-        "RUN": run,
-    }
-
-
-def matmul(
-    x: Tensor, packed: Packed, bias: Tensor | None, processors: int, cut: Cut | None = None, shares: int = 0
-) -> Tensor:
-    """`x` [M, in_features] times the transposed weight, plus `bias`: [M, out_features].
+def launches(
+    x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, processors: int, cut: Cut | None = None, shares: int = 0
+) -> list[Launch]:
+    """What is to be started, one after the other, for y [M, out_features] = x [M, in_features] W^T + bias.
 
     Args:
         processors: SMs of the card, for how far K is split.
         cut: another than the shipped one.
         shares: into how many K is split; 0 leaves that to `split`.
     """
-    M, N = x.shape[0], packed.shape[0]
-    y = x.new_empty((M, N))
-    if M == 0:
-        return y
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    layout = packed.layout
-    cut = cut or shipped(M, layout.plane)
-    fixed = constants(packed, x.dtype)
-    blocks = layout.padded * packed.spec.nbits // (8 * layout.plane)
-    grid_n, grid_m = triton.cdiv(N, cut.BN), triton.cdiv(M, cut.BM)
-    shares = shares or split(grid_n * grid_m, blocks, processors)
-    scratch = prepare(x, packed, fixed["FACTORS"], cut, shares)
-    matmul_kernel[(grid_n, shares, grid_m)](
-        x, packed.W_q, packed.scale, packed.offset, packed.scale if packed.blocks is None else packed.blocks,
-        scratch.sums, scratch.starts, x if bias is None else bias, y, scratch.partial, scratch.counters,
-        M, packed.shape[0], packed.shape[1], layout.padded, layout.groups, blocks, scratch.sums.shape[1], x.stride(0),
-        packed.W_q.stride(0), **fixed, HAS_BIAS=bias is not None, SPLIT=shares, BM=cut.BM, BN=cut.BN,
-        STAGES=cut.stages, num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
+    layout, nbits, name = packed.layout, packed.spec.nbits, DTYPES[x.dtype]
+    per = 8 // nbits
+    cut = cut or shipped(x.shape[0], layout.plane)
+    factors = tuple(factor(i, nbits, name) for i in range(per))
+    tiles = tiles_of(x, packed.shape[0], cut, whole_blocks(packed), processors, shares)
+    sums = sums_of(x, packed, factors, cut, tiles)
+    constants = {
+        "FACTORS": factors,
+        "ASM": planes(nbits, name),
+        **layer_constants(packed),
+        "RUN": run(packed, min(per, 8 // packed.scale.element_size())),
+        "HAS_BIAS": bias is not None,
+        "SPLIT": tiles.shares,
+        "BM": cut.BM,
+        "BN": cut.BN,
+        "STAGES": cut.stages,
+    }
+    arguments = product_arguments(x, packed, bias, y, sums, tiles)
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    return [sums.launch, Launch(matmul_kernel, tiles.grid, arguments, constants, options)]
+
+
+def matmul(x: Tensor, packed: Packed, bias: Tensor | None, processors: int, **cut: Any) -> Tensor:
+    """`x` [M, in_features] times the transposed weight, plus `bias`: [M, out_features]; arguments as in `launches`."""
+    y = x.new_empty((x.shape[0], packed.shape[0]))
+    if y.numel():
+        for launch in launches(rows_of(x), packed, bias, y, processors, **cut):
+            launch.run()
     return y

@@ -10,7 +10,8 @@ The first sum is what each kernel is about (`matmul.py`, `gemm.py`); the second 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from hqqplus.kernels.packed import Packed
 from hqqplus.kernels.triton.codes import base, codes, converted, dot
+from hqqplus.kernels.triton.convert import round_to
 from hqqplus.kernels.triton.metadata import load_middle, load_offset, load_scale
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -84,7 +86,7 @@ def add_tail(
     acc, x, rows, scale, offset, maps, entry, m, inside, first, padded, K, stride_x,
     QMAX: tl.constexpr, NBITS: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr, HAS_MAPS: tl.constexpr,
 ):  # fmt: skip
-    """acc [BN, BM] plus the product over the last, shorter block: codes `first` ... `padded` - 1, as 16-bit weights."""
+    """acc [BN, BM] plus the product over the last, shorter block, codes `first` to `padded`, as 16-bit weights."""
     for start in range(first, padded, 32):
         k = start + tl.arange(0, 32)
         there = (k < padded)[None, :]
@@ -94,7 +96,7 @@ def add_tail(
         o = load_offset(offset, maps, entries, s, there, QMAX, HAS_MAPS)
         mask = inside & (k < K)[:, None]
         operand = tl.load(x + m.to(tl.int64)[None, :] * stride_x + k[:, None], mask=mask, other=0.0)
-        acc = dot(tl.math.fma(q, s, o).to(x.dtype.element_ty), operand, acc)
+        acc = dot(round_to(tl.math.fma(q, s, o), x.dtype.element_ty), operand, acc)
     return acc
 
 
@@ -125,7 +127,7 @@ def finish(
     if mine:
         if HAS_BIAS:
             acc += bias
-        tl.store(cells, acc.to(cells.dtype.element_ty), mask=mask)
+        tl.store(cells, round_to(acc, cells.dtype.element_ty), mask=mask)
 
 
 class Cut(NamedTuple):
@@ -137,13 +139,17 @@ class Cut(NamedTuple):
     warps: int
 
 
-class Scratch(NamedTuple):
-    """Buffers of one product: sums and starts [tiles, columns], partial sums and counters of the split."""
+class Launch(NamedTuple):
+    """A kernel to be started: how many programs, arguments by place, constants by name, warps and stages."""
 
-    sums: Tensor
-    starts: Tensor
-    partial: Tensor
-    counters: Tensor
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: list[Any]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
 
 def split(tiles: int, steps: int, processors: int) -> int:
@@ -168,28 +174,110 @@ def supports(packed: Packed, dtype: torch.dtype) -> bool:
     )
 
 
-def split_buffers(tiles: int, shares: int, cut: Cut, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Uninitialised partial sums and counters for `tiles` tiles of y, each split into `shares`."""
-    count = tiles if shares > 1 else 0
-    partial = torch.empty(max(count * shares * cut.BM * cut.BN, 1), dtype=torch.float32, device=device)
-    return partial, torch.empty(max(count, 1), dtype=torch.int32, device=device)
+def run(packed: Packed, most: int) -> int:
+    """How many scales, a power of two up to `most`, one load takes: rows and storage have to be aligned to as much."""
+    size = packed.scale.element_size()
+    return math.gcd(most, packed.layout.groups, packed.scale.data_ptr() // size)
 
 
-def prepare(x: Tensor, packed: Packed, factors: tuple[int, ...], cut: Cut, shares: int) -> Scratch:
-    """Allocate the scratch of a product and compute the sums of x [M, in_features] (contiguous rows)."""
-    M, (N, K) = x.shape[0], packed.shape
+def maps_of(packed: Packed) -> Tensor:
+    """The maps of 8-bit metadata, aligned to the 32 bits that step and zero are loaded in; any tensor without them."""
+    if packed.blocks is None:
+        return packed.scale
+    return packed.blocks.clone() if packed.blocks.data_ptr() % 4 else packed.blocks
+
+
+class Tiles(NamedTuple):
+    """The tiles of a product, and the buffers of its split: partial sums and counters (uninitialised)."""
+
+    rows: int
+    columns: int
+    shares: int
+    partial: Tensor
+    counters: Tensor
+
+    @property
+    def used(self) -> int:
+        """Counters that are in use."""
+        return self.rows * self.columns if self.shares > 1 else 0
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.columns, self.shares, self.rows
+
+
+def tiles_of(x: Tensor, out_features: int, cut: Cut, steps: int, processors: int, shares: int) -> Tiles:
+    """How y [M, out_features] is cut into tiles, and K, of `steps` steps, into `shares` (0: as `split` says)."""
+    rows, columns = triton.cdiv(x.shape[0], cut.BM), triton.cdiv(out_features, cut.BN)
+    shares = shares or split(rows * columns, steps, processors)
+    count = rows * columns if shares > 1 else 0
+    partial = torch.empty(max(count * shares * cut.BM * cut.BN, 1), dtype=torch.float32, device=x.device)
+    return Tiles(rows, columns, shares, partial, torch.empty(max(count, 1), dtype=torch.int32, device=x.device))
+
+
+class Sums(NamedTuple):
+    """X of each plane, the starts of the products (both [planes, columns] float32), and what computes them."""
+
+    totals: Tensor
+    starts: Tensor
+    launch: Launch
+
+
+def sums_of(x: Tensor, packed: Packed, factors: tuple[int, ...], cut: Cut, tiles: Tiles) -> Sums:
+    """The sums of x [M, in_features] over the planes of whole blocks; also clears the counters of `tiles`."""
+    layout, nbits, name = packed.layout, packed.spec.nbits, DTYPES[x.dtype]
+    count = whole_blocks(packed) * (8 // nbits)
+    columns = tiles.rows * cut.BM
+    sums, starts = torch.empty((2, count, columns), dtype=torch.float32, device=x.device)
+    launch = Launch(
+        sums_kernel,
+        (triton.cdiv(count, _SUMMED), columns, 1),
+        [x, sums, starts, tiles.counters, x.shape[0], packed.shape[1], x.stride(0), count, columns, tiles.used],
+        {
+            "FACTORS": factors,
+            "BASE": 0 if converted(nbits, name) else base(name),
+            "QMAX": packed.spec.qmax,
+            "PLANE": layout.plane,
+            "TILES": _SUMMED,
+            "CLEARED": 64,
+        },
+        {"num_warps": 1 if layout.plane <= 64 else 2},
+    )
+    return Sums(sums, starts, launch)
+
+
+def whole_blocks(packed: Packed) -> int:
+    """How many whole blocks of bytes a row has."""
+    return packed.layout.padded * packed.spec.nbits // (8 * packed.layout.plane)
+
+
+def layer_constants(packed: Packed) -> dict[str, Any]:
+    """The compile-time arguments that say what layer it is."""
     layout, nbits = packed.layout, packed.spec.nbits
-    blocks = layout.padded * nbits // (8 * layout.plane)
-    tiles = blocks * (8 // nbits)
-    grid_n, grid_m = triton.cdiv(N, cut.BN), triton.cdiv(M, cut.BM)
-    columns = grid_m * cut.BM
-    sums, starts = torch.empty((2, tiles, columns), dtype=torch.float32, device=x.device)
-    partial, counters = split_buffers(grid_n * grid_m, shares, cut, x.device)
-    count = grid_n * grid_m if shares > 1 else 0
-    name = DTYPES[x.dtype]
-    sums_kernel[(triton.cdiv(tiles, _SUMMED), columns)](
-        x, sums, starts, counters, M, K, x.stride(0), tiles, columns, count,
-        factors, 0 if converted(nbits, name) else base(name), packed.spec.qmax, layout.plane, _SUMMED, 64,
-        num_warps=1 if layout.plane <= 64 else 2,
-    )  # fmt: skip
-    return Scratch(sums, starts, partial, counters)
+    whole = whole_blocks(packed) * (8 // nbits) * layout.plane
+    return {
+        "QMAX": packed.spec.qmax,
+        "NBITS": nbits,
+        "PLANE": layout.plane,
+        "GROUP": layout.group,
+        "ONE_GROUP": layout.groups == 1,
+        "HAS_MAPS": packed.blocks is not None,
+        "EVEN_K": whole <= packed.shape[1],
+        "TAIL": whole < layout.padded,
+    }
+
+
+def product_arguments(
+    x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, sums: Sums, tiles: Tiles
+) -> list[Any]:
+    """The arguments by place of `matmul_kernel` and `gemm_kernel`."""
+    tensors = [x, packed.W_q, packed.scale, packed.offset, maps_of(packed), sums.totals, sums.starts]
+    tensors += [x if bias is None else bias, y, tiles.partial, tiles.counters]
+    layout = packed.layout
+    sizes = [x.shape[0], *packed.shape, layout.padded, layout.groups, whole_blocks(packed), sums.totals.shape[1]]
+    return [*tensors, *sizes, x.stride(0), packed.W_q.stride(0)]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [M, in_features] with its rows consecutive in memory."""
+    return x if x.stride(1) == 1 else x.contiguous()
