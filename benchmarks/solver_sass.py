@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
-import subprocess
-import tempfile
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -30,6 +28,10 @@ from typing import Any, NamedTuple
 
 from hqqplus.kernels import triton_solver
 from hqqplus.quantization import grids
+
+# Tests load this file by its path.
+sys.path.append(str(Path(__file__).parent))
+from sass_tools import disassemble, spills
 
 # (rows, width) -> how many there are in Llama-3-8B
 SHAPES = {(4096, 4096): 64, (1024, 4096): 64, (14336, 4096): 64, (4096, 14336): 32}
@@ -88,40 +90,6 @@ def compile_solver(nbits: int, size: int, capability: int, importance: bool = Fa
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(triton_solver._OPTIONS))
-
-
-def disassemble(cubin: bytes) -> tuple[list[str], list[tuple[int, int]], int]:
-    """(SASS instructions, (first, last) of each loop, registers a lane) of a kernel."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        listing, usage = (
-            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
-        )
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        if instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
-            instructions.append(re.sub(r"^@!?U?P\d+\s+", "", instruction[1]))
-    loops = []
-    for at, instruction in enumerate(instructions):
-        target = re.search(r"^BRA.*`\((\.L_x_\d+)\)", instruction)
-        if target and labels[target[1]] < at:
-            loops.append((labels[target[1]], at))
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None
-    return instructions, sorted(loops), int(registers[1])
-
-
-def spills(instructions: list[str]) -> int:
-    """How many instructions move registers to or from local memory."""
-    return sum(instruction.startswith(("LDL", "STL")) for instruction in instructions)
 
 
 def work(nbits: int, size: int, capability: int) -> Work:

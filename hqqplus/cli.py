@@ -219,7 +219,14 @@ def env() -> None:
         )
     if not torch.cuda.is_available():
         typer.echo(f"{'device':16} cpu, {torch.get_num_threads()} threads")
-    typer.echo(f"{'packed matmul':16} reference (torch)")
+    from hqqplus.kernels.routes import describe
+
+    try:
+        lines = describe()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for name, text in lines.items():
+        typer.echo(f"{name:16} {text}")
 
 
 def _override(text: str) -> tuple[str, dict[str, int]]:

@@ -360,6 +360,22 @@ def test_env_lists_versions_and_the_device() -> None:
     assert device in rows
 
 
+def test_env_shows_which_kernel_serves_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hqqplus.kernels import routes
+
+    rows = dict(line.strip().split(maxsplit=1) for line in run("env").splitlines())
+    assert all(rows[f"sm_{capability}"] == str(row) for capability, row in routes.CROSSOVERS.items())
+    monkeypatch.setenv(routes.VARIABLE, "sm_89: some=33")
+    routes.for_capability.cache_clear()
+    try:
+        assert "some=33" in run("env")
+        monkeypatch.setenv(routes.VARIABLE, "sm_89: any=33")
+        with pytest.raises(UserError, match="'sm_89: NAME=NUMBER"):
+            CliRunner().invoke(cli.app, ["env"], catch_exceptions=False)
+    finally:
+        routes.for_capability.cache_clear()
+
+
 def test_train_runs_the_recipe_with_its_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import hqqplus.train
 

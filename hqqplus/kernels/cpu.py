@@ -3,17 +3,18 @@
     few rows of x    y[m, r] = sum_g scale[r, g] (q[r, g] . x[m, g]) + offset[r, g] sum(x[m, g])          `_integer`
     many rows        W slice by slice in the dtype of the product, each slice multiplied while it is in the cache
 
-Layout. Planar (`quantization/packing.py`): plane i of the bytes of a row, byte & mask << nbits i, is one group after the
-other, still in units of 2^(nbits i), which goes into the scale: no shift is needed. Only whole blocks are taken apart
-that way, the rest of a row, 3-bit codes and groups longer than a plane by `unpack`.
+Layout. Planar (`quantization/packing.py`): plane i of the bytes of a row, byte & mask << nbits i, is one group after
+the other, still in units of 2^(nbits i), which goes into the scale: no shift is needed. Whole blocks are taken apart
+that way; the rest of a row, and 3-bit codes for floats, by `unpack`.
 
-Few rows. The codes become int8 and x fixed-point numbers: for each token and group a step and digits of 7 bits, two
-for bfloat16 (its 8 significant bits are 6 fewer), three else. `torch._int_mm` sums in int32, exactly; several groups
-share a product whose right side is block-diagonal, because its cost hardly depends on its columns up to 16. With 7 bits
-not even the int16 sums of processors without VNNI can saturate. Bytes a weight through the cache: nbits/8 read, 1
-written, 1 read, against 2 from memory for bfloat16.
+Few rows. The codes become int8 and x fixed-point numbers: for each token and plane a step and digits of 7 bits, two
+for bfloat16, which has 8 significant bits itself, three else. `torch._int_mm` sums in int32, exactly. Several groups
+share a product whose right side is block-diagonal, because 16 columns cost hardly more than two. With 7 bits not even
+the int16 sums of processors without VNNI can saturate. Bytes a weight: nbits/8 read from memory, 1 written and 1 read
+in scratch; bfloat16 reads 2 from memory.
 
-Many rows. Bytes a weight: nbits/8 read, then 1 + 4 + 4 + 4 + 2 in scratch of about 2 MiB, then an ordinary product.
+Many rows. Bytes a weight: nbits/8 read from memory, then 1 + 4 + 4 + 4 + 2 written and read in scratch of a few MiB,
+then an ordinary product.
 """
 
 from __future__ import annotations
@@ -129,8 +130,7 @@ def _times_turned(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     for start, stop in slices:
         weight = scratch[: stop - start]
         _fill(weight, packed, start, stop)
-        part = None if bias is None else bias[start:stop].to(dtype)
-        y[:, start:stop] = torch.nn.functional.linear(factor, weight[:, : layout.width], part)
+        _product(y[:, start:stop], factor, weight[:, : layout.width].t(), None if bias is None else bias[start:stop])
     return y
 
 
@@ -150,9 +150,18 @@ def _times_stored(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         weight = scratch[: layout.rows * (stop - start)].view(layout.rows, stop - start)
         _fill_columns(weight, packed, packed.W_q, *metadata, start)
         end = min(stop, layout.width)
-        part = None if bias is None else bias[start:end].to(dtype)
-        y[:, start:end] = torch.nn.functional.linear(factor, weight[:, : end - start].t(), part)
+        _product(y[:, start:end], factor, weight[:, : end - start], None if bias is None else bias[start:end])
     return y
+
+
+def _product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """x [M, k] times weight [k, n], plus `bias` [n], into `y` [M, n], which may be of another dtype."""
+    if y.dtype != x.dtype:
+        y.copy_(x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight))
+    elif bias is None:
+        torch.mm(x, weight, out=y)
+    else:
+        torch.addmm(bias, x, weight, out=y)
 
 
 def _unit(packed: Packed) -> int:
@@ -286,7 +295,7 @@ def _integer(x: Tensor, packed: Packed) -> Tensor:
 
 
 class _Run:
-    """The bytes of a row from `first` on, in planes of codes of `bits` bits, the lowest worth `weight`; and x to match.
+    """The bytes of a row from `first` on, planes of codes of `bits` bits, the lowest worth `weight`; and x to match.
 
     Attributes:
         half: [planes] what is missing in the codes: the highest plane becomes signed by taking half its range off.
@@ -304,7 +313,9 @@ class _Run:
         units = [weight * 2.0 ** (-bits * i) for i in range(self.per)]
         self.factor = step * torch.tensor(units).repeat(blocks)[:, None]  # [planes, M]
         self.half = torch.tensor([0.0] * (self.per - 1) + [weight * 2.0 ** (bits - 1)]).repeat(blocks)
-        right = torch.zeros(self.per, self.chunks, self.share, plane, digits.shape[0] * self.tokens, self.share, dtype=torch.int8)
+        right = torch.zeros(
+            self.per, self.chunks, self.share, plane, digits.shape[0] * self.tokens, self.share, dtype=torch.int8
+        )
         padded = pad(digits, (0, 0, 0, (self.chunks * self.share - blocks) * self.per))
         padded = padded.view(-1, self.chunks, self.share, self.per, plane)
         right.diagonal(dim1=2, dim2=5).copy_(padded.permute(3, 1, 4, 0, 2))

@@ -17,6 +17,7 @@ be compiled or started on a device is reported once and replaced by the referenc
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -202,6 +203,28 @@ def for_capability(capability: int) -> Crossovers:
     known = max((listed for listed in CROSSOVERS if listed <= capability), default=min(CROSSOVERS))
     changes = parse(os.environ.get(VARIABLE, ""))
     return dataclasses.replace(CROSSOVERS[known], **changes.get(capability, changes.get(known, {})))
+
+
+def describe() -> dict[str, str]:
+    """What serves the packed layers here, name by name, for people to read."""
+    lines = {"packed layers": "CPU: torch, in slices and integers (kernels/cpu.py)"}
+    used = set()
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        served = _has_triton(device)
+        used |= {_capability(device)} if served else set()
+        lines[f"packed cuda:{index}"] = f"Triton, {crossovers(device)}" if served else "torch reference"
+    lines["crossovers"] = (
+        "rows of x up to which a kernel serves (kernels/routes.py), by architecture; none measured yet"
+    )
+    for capability in sorted({*CROSSOVERS, *parse(os.environ.get(VARIABLE, "")), *used}):
+        changed = for_capability(capability) != CROSSOVERS.get(capability)
+        lines[f"  sm_{capability}"] = f"{for_capability(capability)}{f' (changed by {VARIABLE})' if changed else ''}"
+    try:
+        lines["humming"] = f"{importlib.metadata.version('humming-kernels')}, used if {humming.OPT_IN}=1"
+    except importlib.metadata.PackageNotFoundError:
+        lines["humming"] = f"not installed (pip install humming-kernels; used if {humming.OPT_IN}=1)"
+    return lines
 
 
 def parse(text: str) -> dict[int, dict[str, int]]:

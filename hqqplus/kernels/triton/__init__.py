@@ -5,12 +5,14 @@ What the kernels share:
     metadata     scale and offset of groups, from 16-bit floats or 8-bit codes
     convert      bytes to codes as float32, float32 to the type of the output
     codes        bytes to what a tensor core takes
+    product      sums of x, middles, the end of a row, sums of shares
 
 The ops:
 
     dequantize   packed -> a matrix of floats, or a window of it
     embedding    rows of a packed embedding
-    matmul       the product, for few and for some rows
+    matmul       the product for few rows of x; gemm for dozens; dense for many, and dx; general for any layer
+    bitserial    the product of one-bit weights and 8-bit activations
 """
 
 from __future__ import annotations

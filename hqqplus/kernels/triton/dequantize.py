@@ -57,7 +57,7 @@ _WARPS = 4
 # Bytes that a lane of blocks_kernel reads, in units of what it needs for 16 bytes of output: 32 to 64 weights a lane.
 _UNITS = {1: 1, 2: 2, 3: 1, 4: 2, 8: 4}
 _TURNED_TILE = 64
-_COLUMNS, _TURNED_COLUMNS = (16, 128), (64, 32)
+_COLUMNS, _TURNED_COLUMNS = (8, 128), (64, 16)
 # Without it products and sums round as in torch. What is to be fused is written as tl.fma.
 OPTIONS: dict[str, Any] = {"num_warps": _WARPS, "enable_fp_fusion": False}
 

@@ -144,7 +144,7 @@ def launches(
         "STAGES": cut.stages,
     }
     arguments = product_arguments(x, packed, bias, y, sums, tiles)
-    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    options = {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
     return [sums.launch, Launch(gemm_kernel, tiles.grid, arguments, constants, options)]
 
 

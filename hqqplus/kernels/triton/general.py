@@ -29,6 +29,7 @@ from hqqplus.kernels.triton.product import Cut, Launch, finish, maps_of, rows_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BK = 32
+_PROGRAMS = 2  # for each SM
 
 
 def shipped(rows: int) -> Cut:
@@ -91,7 +92,7 @@ def launches(
     """What is to be started for y [M, out_features] = x [M, in_features] W^T + bias; as `matmul.launches`."""
     spec, layout, (N, K) = packed.spec, packed.layout, packed.shape
     cut = cut or shipped(x.shape[0])
-    tiles = tiles_of(x, N, cut, triton.cdiv(K, 4 * _BK), processors, shares)
+    tiles = tiles_of(x, N, cut, triton.cdiv(K, 4 * _BK), _PROGRAMS * processors, shares)
     if tiles.used:
         tiles.counters.zero_()
     tensors = [x, packed.W_q, packed.scale, packed.offset, maps_of(packed), x if bias is None else bias, y]
@@ -110,7 +111,9 @@ def launches(
         "BK": _BK,
     }
     arguments = [*tensors, tiles.partial, tiles.counters, *sizes]
-    return [Launch(general_kernel, tiles.grid, arguments, constants, {"num_warps": cut.warps})]
+    return [
+        Launch(general_kernel, tiles.grid, arguments, constants, {"num_warps": cut.warps, "enable_fp_fusion": True})
+    ]
 
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None, processors: int, **cut: Any) -> Tensor:

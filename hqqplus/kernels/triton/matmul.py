@@ -52,6 +52,8 @@ from hqqplus.kernels.triton.product import (
 )
 
 MOST_ROWS = 16
+# For each SM: their loads in flight are what covers the latency of memory.
+_PROGRAMS = 4
 
 
 def shipped(rows: int, plane: int) -> Cut:
@@ -157,7 +159,7 @@ def launches(
     per = 8 // nbits
     cut = cut or shipped(x.shape[0], layout.plane)
     factors = tuple(factor(i, nbits, name) for i in range(per))
-    tiles = tiles_of(x, packed.shape[0], cut, whole_blocks(packed), processors, shares)
+    tiles = tiles_of(x, packed.shape[0], cut, whole_blocks(packed), _PROGRAMS * processors, shares)
     sums = sums_of(x, packed, factors, cut, tiles)
     constants = {
         "FACTORS": factors,
@@ -171,7 +173,7 @@ def launches(
         "STAGES": cut.stages,
     }
     arguments = product_arguments(x, packed, bias, y, sums, tiles)
-    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    options = {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
     return [sums.launch, Launch(matmul_kernel, tiles.grid, arguments, constants, options)]
 
 

@@ -146,15 +146,15 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     arguments: list[Any]
     constants: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, int | bool]
 
     def run(self) -> None:
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
 
-def split(tiles: int, steps: int, processors: int) -> int:
-    """Over how many programs K is split: a card of `processors` SMs gets four programs each, of two steps at least."""
-    wanted = -(-4 * processors // tiles)
+def split(tiles: int, steps: int, programs: int) -> int:
+    """Over how many programs a tile's K is split, so that there are `programs` in all, of two steps at least."""
+    wanted = -(-programs // tiles)
     most = max(steps // 2, 1)
     return 1 << (max(1, min(wanted, most, 16)).bit_length() - 1)
 
@@ -206,10 +206,10 @@ class Tiles(NamedTuple):
         return self.columns, self.shares, self.rows
 
 
-def tiles_of(x: Tensor, out_features: int, cut: Cut, steps: int, processors: int, shares: int) -> Tiles:
+def tiles_of(x: Tensor, out_features: int, cut: Cut, steps: int, programs: int, shares: int) -> Tiles:
     """How y [M, out_features] is cut into tiles, and K, of `steps` steps, into `shares` (0: as `split` says)."""
     rows, columns = triton.cdiv(x.shape[0], cut.BM), triton.cdiv(out_features, cut.BN)
-    shares = shares or split(rows * columns, steps, processors)
+    shares = shares or split(rows * columns, steps, programs)
     count = rows * columns if shares > 1 else 0
     partial = torch.empty(max(count * shares * cut.BM * cut.BN, 1), dtype=torch.float32, device=x.device)
     return Tiles(rows, columns, shares, partial, torch.empty(max(count, 1), dtype=torch.int32, device=x.device))
@@ -241,7 +241,7 @@ def sums_of(x: Tensor, packed: Packed, factors: tuple[int, ...], cut: Cut, tiles
             "TILES": _SUMMED,
             "CLEARED": 64,
         },
-        {"num_warps": 1 if layout.plane <= 64 else 2},
+        {"num_warps": 1 if layout.plane <= 64 else 2, "enable_fp_fusion": True},
     )
     return Sums(sums, starts, launch)
 
