@@ -20,7 +20,7 @@ from common import markdown, write_result
 from sass_tools import CAPABILITIES, Code, compile_call, inspect
 
 from hqqplus.kernels.packed import Packed
-from hqqplus.kernels.triton import dequantize, gemm, general, matmul
+from hqqplus.kernels.triton import dequantize, gemm, general, matmul, simt
 from hqqplus.kernels.triton.product import Launch
 from hqqplus.quantization import QuantSpec
 from hqqplus.quantization.tensor import state_shapes
@@ -37,7 +37,7 @@ SPECS = {
     "2-bit g128": QuantSpec(2, 128, metadata_bits=16),
 }
 # (kernel, rows of x)
-PRODUCTS = [("matmul", 1), ("matmul", 16), ("gemm", 32), ("gemm", 64)]
+PRODUCTS = [("matmul", 1), ("matmul", 16), ("gemm", 32), ("gemm", 64), ("simt", 1), ("simt", 4)]
 
 
 class Count(NamedTuple):
@@ -67,7 +67,7 @@ def packed_on_meta(spec: QuantSpec, shape: tuple[int, int] = SHAPE) -> Packed:
 
 def launch_of(kernel: str, rows: int, packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Launch:
     """The launch of the product itself for `rows` rows of x, with a bias, K split in four."""
-    module: Any = {"matmul": matmul, "gemm": gemm, "general": general}[kernel]
+    module: Any = {"matmul": matmul, "gemm": gemm, "simt": simt, "general": general}[kernel]
     x = torch.empty(rows, packed.shape[1], dtype=dtype, device="meta")
     y = torch.empty(rows, packed.shape[0], dtype=dtype, device="meta")
     bias = torch.empty(packed.shape[0], dtype=dtype, device="meta")
@@ -75,7 +75,8 @@ def launch_of(kernel: str, rows: int, packed: Packed, dtype: torch.dtype = torch
 
 
 def main_loop(code: Code) -> list[str]:
-    """The instructions of the loop with most products of 16-bit numbers (the middles' are products of TF32)."""
+    """The instructions of the loop with most products of 16-bit numbers (the middles' are products of TF32), or, where
+    there are no tensor cores, of the longest one."""
 
     def products(loop: tuple[int, int]) -> tuple[int, int]:
         first, last = loop
@@ -83,6 +84,8 @@ def main_loop(code: Code) -> list[str]:
         return sum("MMA" in line.split()[0] and "TF32" not in line for line in inside), first - last
 
     first, last = max(code.loops, key=products)
+    if not products((first, last))[0]:
+        first, last = max(code.loops, key=lambda loop: loop[1] - loop[0])
     return code.instructions[first : last + 1]
 
 
@@ -90,7 +93,7 @@ def count(kernel: str, rows: int, spec: QuantSpec, capability: int) -> Count:
     """Compile one kernel for sm_`capability` and count."""
     launch = launch_of(kernel, rows, packed_on_meta(spec), torch.bfloat16 if capability >= 80 else torch.float16)
     code = inspect(compile_call(launch.kernel, launch.arguments, launch.constants, launch.options, capability))
-    planes = 8 // spec.nbits if kernel == "matmul" else 1
+    planes = 8 // spec.nbits if kernel in ("matmul", "simt") else 1
     depth = launch.constants["BK"] if kernel == "general" else launch.constants["PLANE"] * planes
     weights = launch.constants["BN"] * depth / (32 * launch.options["num_warps"])
     return Count(round(len(main_loop(code)) / weights, 2), code.registers, code.spills, code.shared)
@@ -117,9 +120,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     rows: list[dict[str, Any]] = []
     for name, spec in SPECS.items():
-        # Without tensor cores in Triton, sm_75 has no product on codes: it dequantizes (hqqplus/kernels/routes.py).
+        # Triton has no tensor cores on sm_75, which therefore has other routes (hqqplus/kernels/routes.py).
         cases = [("dequantize", 0, [*arguments.capabilities])]
-        cases += [(kernel, m, [c for c in arguments.capabilities if c >= 80]) for kernel, m in PRODUCTS]
+        for kernel, m in PRODUCTS:
+            cases.append((kernel, m, [c for c in arguments.capabilities if (c < 80) == (kernel == "simt")]))
         for kernel, m, capabilities in cases:
             for capability in capabilities:
                 found = count_dequantize(spec, capability) if m == 0 else count(kernel, m, spec, capability)

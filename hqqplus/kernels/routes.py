@@ -3,7 +3,8 @@
     CPU                                   `cpu.py`
     CUDA, few rows of x                   `triton/matmul.py`     the codes themselves on tensor cores
     CUDA, dozens of rows                  `triton/gemm.py`       the same, a plane at a time
-    CUDA, few rows, any other layer       `triton/general.py`    3 bits, axis 0, groups of 8, float32
+    CUDA, one to four, no tensor cores    `triton/simt.py`       sm_75, float32, groups of 8
+    CUDA, few rows, any other layer       `triton/general.py`    3 bits, axis 0
     CUDA, many rows; all backward passes  `triton/dense.py`      dequantized in slices, cuBLAS
     CUDA where humming was asked for      `humming.py`           forward only
     anything else, float64                `reference.py`
@@ -34,6 +35,7 @@ from hqqplus.kernels import cpu, humming, reference, triton
 from hqqplus.kernels.packed import Packed
 
 VARIABLE = "HQQPLUS_CROSSOVERS"
+OLDEST_TRITON = (3, 6)
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Crossovers:
     Attributes:
         few: rows up to which `triton/matmul.py` serves.
         some: rows up to which `triton/gemm.py` serves.
+        simt: rows up to which `triton/simt.py` serves what these two cannot.
         general: rows up to which `triton/general.py` serves the layers that have no other kernel.
         slice_mib: MiB of dequantized weight that a slice of `triton/dense.py` has; 0: it is not sliced.
     """
 
     few: int
     some: int
+    simt: int
     general: int
     slice_mib: int
 
@@ -60,16 +64,16 @@ class Crossovers:
 # product to lose, 256 rows on sm_89 and 64 on sm_90; `general`: from instructions counted; `slice_mib`: from the size
 # of the L2 cache. Triton has no tensor cores on sm_75.
 CROSSOVERS = {
-    75: Crossovers(few=0, some=0, general=0, slice_mib=0),
-    80: Crossovers(few=16, some=128, general=16, slice_mib=16),
-    86: Crossovers(few=16, some=128, general=16, slice_mib=0),
-    89: Crossovers(few=16, some=256, general=16, slice_mib=16),
-    90: Crossovers(few=16, some=64, general=0, slice_mib=16),
-    100: Crossovers(few=16, some=64, general=0, slice_mib=32),
-    120: Crossovers(few=16, some=128, general=16, slice_mib=32),
+    75: Crossovers(few=0, some=0, simt=4, general=0, slice_mib=0),
+    80: Crossovers(few=16, some=128, simt=4, general=16, slice_mib=16),
+    86: Crossovers(few=16, some=128, simt=4, general=16, slice_mib=0),
+    89: Crossovers(few=16, some=256, simt=4, general=16, slice_mib=16),
+    90: Crossovers(few=16, some=64, simt=4, general=0, slice_mib=16),
+    100: Crossovers(few=16, some=64, simt=4, general=0, slice_mib=32),
+    120: Crossovers(few=16, some=128, simt=4, general=16, slice_mib=32),
 }
 # Under Triton's interpreter, on CPU tensors: all kernels within reach of small tests.
-_INTERPRETED = Crossovers(few=8, some=24, general=8, slice_mib=1)
+_INTERPRETED = Crossovers(few=8, some=24, simt=4, general=8, slice_mib=1)
 
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -132,23 +136,27 @@ def forward_kernel(packed: Packed, rows: int, dtype: torch.dtype, device: torch.
     if humming.enabled() and humming.available(device) and humming.supports(packed.spec, packed.shape, dtype, device):
         return "humming"
     limits = crossovers(device)
-    from hqqplus.kernels.triton import general, product
+    from hqqplus.kernels.triton import general, product, simt
 
     if rows == 0:
         return "dense"
-    if product.supports(packed, dtype):
-        return "matmul" if rows <= limits.few else "gemm" if rows <= limits.some else "dense"
+    if product.supports(packed, dtype) and rows <= limits.some:
+        return "matmul" if rows <= limits.few else "gemm"
+    if product.supports(packed, dtype) and limits.some:
+        return "dense"
+    if rows <= limits.simt and simt.supports(packed, dtype):
+        return "simt"
     return "general" if rows <= limits.general and general.supports(packed, dtype) else "dense"
 
 
 def _forward(kernel: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if kernel == "humming":
         return humming.matmul(x, humming.cached(packed, x.dtype), bias)
-    from hqqplus.kernels.triton import dense, gemm, general, matmul
+    from hqqplus.kernels.triton import dense, gemm, general, matmul, simt
 
     if kernel == "dense":
         return dense.matmul(x, packed, bias, crossovers(x.device).slice_mib << 20)
-    module = {"matmul": matmul, "gemm": gemm, "general": general}[kernel]
+    module = {"matmul": matmul, "gemm": gemm, "simt": simt, "general": general}[kernel]
     return module.matmul(x, packed, bias, processors(x.device))
 
 
@@ -170,10 +178,18 @@ def _has_triton(device: torch.device) -> bool:
         reason = f"they need compute capability {min(CROSSOVERS) / 10:.1f}, this card has {capability / 10:.1f}"
     elif not triton.available():
         reason = "Triton is not installed"
+    elif (version := _triton_version()) < OLDEST_TRITON:
+        reason = f"they need Triton {'.'.join(map(str, OLDEST_TRITON))}, this is {'.'.join(map(str, version))}"
     else:
         return True
     warnings.warn(f"{device}: packed layers run on the slow torch reference: {reason}", stacklevel=2)
     return False
+
+
+def _triton_version() -> tuple[int, ...]:
+    import triton as package
+
+    return tuple(int(number) for number in package.__version__.split(".")[:2])
 
 
 @cache

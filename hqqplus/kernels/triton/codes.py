@@ -25,13 +25,13 @@ that has no fast kernel. Each byte is then read once a plane, from L1.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from hqqplus.kernels.triton import interpreted
+
+INTERPRETED = interpreted()
 _MANTISSA = {"bfloat16": 7, "float16": 10}
 
 
@@ -72,19 +72,23 @@ def assembly(plane: int, nbits: int, dtype: str) -> str:
 
 
 def centred_assembly(nbits: int, dtype: str) -> str:
-    """PTX: $2 a word of four bytes, $3 by how many bits it is shifted -> $0, $1 the codes q - Q / 2 of (0, 1), (2, 3).
+    """PTX: $2 a word of four bytes, $3 where a code begins in its byte, plus 7 -> $0, $1 the codes q - Q / 2 of bytes
+    (0, 1) and (2, 3).
 
-    The multiplication by one is there because a subtraction of bfloat16 came later than sm_80.
+    The middle lies between two codes. So they are put at bit 1 of the mantissa, below half the exponent, which has room
+    for it: base / 2 + q, less base / 2 + Q / 2. Two rotations of the word bring them there, and 7 more bits than the
+    code's own because none of the rotations may be to the left. The multiplication by one is there because a
+    subtraction of bfloat16 came later than sm_80.
     """
     window = 2**nbits - 1
-    one = (127 + 7 if dtype == "bfloat16" else 15 + 10) << _MANTISSA[dtype]
-    mask, power = f"0x{window | window << 16:08x}", f"0x{one | one << 16:08x}"
+    one = (127 + 7 - 1 if dtype == "bfloat16" else 15 + 10 - 1) << _MANTISSA[dtype]
+    mask, power = f"0x{window << 1 | window << 17:08x}", f"0x{one | one << 16:08x}"
     short = {"bfloat16": "bf16", "float16": "f16"}[dtype]
     unit, centre = (
-        _pair(torch.tensor(value, dtype=getattr(torch, dtype))) for value in (1.0, -(base(dtype) + window / 2))
+        _pair(torch.tensor(value, dtype=getattr(torch, dtype))) for value in (1.0, -(base(dtype) + window) / 2)
     )
     return (
-        "{ .reg .b32 a, b, c, d; prmt.b32 a, $2, 0, 0x3120; shr.b32 a, a, $3; shr.b32 b, a, 8; "
+        "{ .reg .b32 a, b, c, d; prmt.b32 a, $2, 0, 0x3120; shf.r.wrap.b32 b, a, a, $3; prmt.b32 a, b, 0, 0x2103; "
         f"lop3.b32 a, a, {mask}, {power}, 0xea; lop3.b32 b, b, {mask}, {power}, 0xea; "
         f"mov.b32 c, {unit}; mov.b32 d, {centre}; "
         f"fma.rn.{short}x2 $0, a, c, d; fma.rn.{short}x2 $1, b, c, d; }}"
@@ -96,9 +100,28 @@ def _pair(number: torch.Tensor) -> str:
     return f"0x{bits | bits << 16:08x}"
 
 
-def planes(nbits: int, dtype: str) -> tuple[str, ...]:
-    """The PTX of each plane of a byte, for the argument `ASM` of the kernels."""
-    return tuple(assembly(plane, nbits, dtype) for plane in range(8 // nbits))
+# Functions of compile time may use tables, but (in Triton 3.6) no other functions.
+_NAMES = {True: "bfloat16", False: "float16"}
+_CASES = [(i, nbits, bf16) for nbits in (1, 2, 4, 8) for i in range(8 // nbits) for bf16 in _NAMES]
+_FACTORS = {(i, nbits, bf16): factor(i, nbits, _NAMES[bf16]) for i, nbits, bf16 in _CASES}
+_ASSEMBLY = {(i, nbits, bf16): assembly(i, nbits, _NAMES[bf16]) for i, nbits, bf16 in _CASES}
+_CENTRED = {(nbits, bf16): centred_assembly(nbits, _NAMES[bf16]) for _, nbits, bf16 in _CASES}
+
+
+@triton.constexpr_function
+def factor_of(plane, nbits, bf16):
+    """`factor`, for kernels."""
+    return _FACTORS[plane, nbits, bf16]
+
+
+@triton.constexpr_function
+def _assembly_of(plane, nbits, bf16):
+    return _ASSEMBLY[plane, nbits, bf16]
+
+
+@triton.constexpr_function
+def _centred_assembly_of(nbits, bf16):
+    return _CENTRED[nbits, bf16]
 
 
 if INTERPRETED:
@@ -114,10 +137,8 @@ if INTERPRETED:
         return w
 
     @triton.jit
-    def _masked(
-        w, shifted_w, i: tl.constexpr, NBITS: tl.constexpr, FACTOR: tl.constexpr, ASM: tl.constexpr, BF16: tl.constexpr
-    ):
-        number = ((w >> (i * NBITS)) & ((1 << NBITS) - 1)).to(tl.float32) * FACTOR
+    def _masked(w, shifted_w, i: tl.constexpr, NBITS: tl.constexpr, BF16: tl.constexpr):
+        number = ((w >> (i * NBITS)) & ((1 << NBITS) - 1)).to(tl.float32) * factor_of(i, NBITS, BF16)
         if BF16:
             number = (number + 128).to(tl.bfloat16)
         else:
@@ -125,7 +146,7 @@ if INTERPRETED:
         return number
 
     @triton.jit
-    def _centred(w, shift, NBITS: tl.constexpr, ASM: tl.constexpr, BF16: tl.constexpr):
+    def _centred(w, shift, NBITS: tl.constexpr, BF16: tl.constexpr):
         number = ((w >> shift.to(tl.uint8)) & ((1 << NBITS) - 1)).to(tl.float32) - ((1 << NBITS) - 1) / 2
         return number.to(tl.bfloat16) if BF16 else number.to(tl.float16)
 
@@ -149,29 +170,29 @@ else:
         return tl.inline_asm_elementwise("shr.b32 $0, $1, 8;", "=r,r", [w], dtype=tl.uint8, is_pure=True, pack=4)
 
     @triton.jit
-    def _masked(
-        w, shifted_w, i: tl.constexpr, NBITS: tl.constexpr, FACTOR: tl.constexpr, ASM: tl.constexpr, BF16: tl.constexpr
-    ):
+    def _masked(w, shifted_w, i: tl.constexpr, NBITS: tl.constexpr, BF16: tl.constexpr):
+        PTX: tl.constexpr = _assembly_of(i, NBITS, BF16)
         if BF16:
             number = tl.inline_asm_elementwise(
-                ASM, "=&r,=r,r,r", [w, shifted_w], dtype=tl.bfloat16, is_pure=True, pack=4
+                PTX, "=&r,=r,r,r", [w, shifted_w], dtype=tl.bfloat16, is_pure=True, pack=4
             )
         else:
             number = tl.inline_asm_elementwise(
-                ASM, "=&r,=r,r,r", [w, shifted_w], dtype=tl.float16, is_pure=True, pack=4
+                PTX, "=&r,=r,r,r", [w, shifted_w], dtype=tl.float16, is_pure=True, pack=4
             )
         return number
 
     @triton.jit
-    def _centred(w, shift, NBITS: tl.constexpr, ASM: tl.constexpr, BF16: tl.constexpr):
+    def _centred(w, shift, NBITS: tl.constexpr, BF16: tl.constexpr):
+        PTX: tl.constexpr = _centred_assembly_of(NBITS, BF16)
         # The shift is the same for all elements: the first of the four registers it is given in.
         if BF16:
             number = tl.inline_asm_elementwise(
-                ASM, "=&r,=r,r,r,r,r,r", [w, shift], dtype=tl.bfloat16, is_pure=True, pack=4
+                PTX, "=&r,=r,r,r,r,r,r", [w, shift + 7], dtype=tl.bfloat16, is_pure=True, pack=4
             )
         else:
             number = tl.inline_asm_elementwise(
-                ASM, "=&r,=r,r,r,r,r,r", [w, shift], dtype=tl.float16, is_pure=True, pack=4
+                PTX, "=&r,=r,r,r,r,r,r", [w, shift + 7], dtype=tl.float16, is_pure=True, pack=4
             )
         return number
 
@@ -182,22 +203,20 @@ else:
 
 
 @triton.jit
-def plane(
-    w, shifted_w, i: tl.constexpr, NBITS: tl.constexpr, FACTOR: tl.constexpr, ASM: tl.constexpr, BF16: tl.constexpr
-):
-    """base + FACTOR q (or q, where codes are converted) for the codes q of plane `i` of a tile of bytes, in 16 bits.
+def plane(w, shifted_w, i: tl.constexpr, NBITS: tl.constexpr, BF16: tl.constexpr):
+    """base + factor q (or q, where codes are converted) for the codes q of plane `i` of a tile of bytes, in 16 bits.
 
     `w` are the bytes as `ordered` has them, `shifted_w` what `shifted` makes of these.
     """
     if NBITS == 8 and BF16:
         number = w.to(tl.float32).to(tl.bfloat16)
     else:
-        number = _masked(w, shifted_w, i, NBITS, FACTOR, ASM, BF16)
+        number = _masked(w, shifted_w, i, NBITS, BF16)
     return number
 
 
 @triton.jit
-def centred_plane(w, i, NBITS: tl.constexpr, ASM: tl.constexpr, BF16: tl.constexpr):
+def centred_plane(w, i, NBITS: tl.constexpr, BF16: tl.constexpr):
     """q - Q / 2 for the codes q of plane `i` of a tile of bytes as they were loaded, in 16 bits.
 
     For an `i` that is known at run time only. Codes of 8 bits are not centred in bfloat16, which has no 127.5.
@@ -205,7 +224,7 @@ def centred_plane(w, i, NBITS: tl.constexpr, ASM: tl.constexpr, BF16: tl.constex
     if NBITS == 8 and BF16:
         number = w.to(tl.float32).to(tl.bfloat16)
     else:
-        number = _centred(w, i * NBITS, NBITS, ASM, BF16)
+        number = _centred(w, i * NBITS, NBITS, BF16)
     return number
 
 

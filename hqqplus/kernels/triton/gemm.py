@@ -25,10 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqplus.kernels.packed import Packed
-from hqqplus.kernels.triton.codes import centred_assembly, centred_plane, dot
+from hqqplus.kernels.triton.codes import centred_plane, dot
 from hqqplus.kernels.triton.metadata import _half, load_scale, load_words
 from hqqplus.kernels.triton.product import (
-    DTYPES,
     Cut,
     Launch,
     add_middles,
@@ -57,7 +56,7 @@ def shipped(rows: int, plane: int) -> Cut:
 def gemm_kernel(
     x, W_q, scale, offset, maps, sums, starts, bias, y, partial, counters,
     M, N, K, padded, groups, blocks, columns, stride_x, stride_w,
-    ASM: tl.constexpr, QMAX: tl.constexpr, NBITS: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr,
+    QMAX: tl.constexpr, NBITS: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr,
     ONE_GROUP: tl.constexpr, HAS_MAPS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
     TAIL: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -100,7 +99,7 @@ def gemm_kernel(
             else:
                 half = (word >> (t % WIDE * 16)).to(tl.int16)
                 s = half.to(scale.dtype.element_ty, bitcast=True).to(tl.float32)
-        numbers = centred_plane(w, t - b * PER, NBITS, ASM, BF16)
+        numbers = centred_plane(w, t - b * PER, NBITS, BF16)
         if NBITS == 8 and BF16:
             start = tl.load(starts + t * columns + m)
             product = dot(numbers, operand, tl.broadcast_to(start[None, :], (BN, BM)))
@@ -128,13 +127,11 @@ def launches(
     x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, processors: int, cut: Cut | None = None, shares: int = 0
 ) -> list[Launch]:
     """What is to be started for y [M, out_features] = x [M, in_features] W^T + bias; as `matmul.launches`."""
-    nbits = packed.spec.nbits
     cut = cut or shipped(x.shape[0], packed.layout.plane)
     tiles = tiles_of(x, packed.shape[0], cut, whole_blocks(packed), processors, shares)
-    sums = sums_of(x, packed, (1,) * (8 // nbits), cut, tiles)
+    sums = sums_of(x, packed, False, cut, tiles)
     wide = 4 // packed.scale.element_size()
     constants = {
-        "ASM": centred_assembly(nbits, DTYPES[x.dtype]),
         **layer_constants(packed),
         "WIDE": wide if run(packed, wide) == wide else 0,
         "HAS_BIAS": bias is not None,

@@ -33,10 +33,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqplus.kernels.packed import Packed
-from hqqplus.kernels.triton.codes import dot, factor, ordered, plane, planes, shifted
+from hqqplus.kernels.triton.codes import dot, factor_of, ordered, plane, shifted
 from hqqplus.kernels.triton.metadata import _byte, _half, load_scale, load_words
 from hqqplus.kernels.triton.product import (
-    DTYPES,
     Cut,
     Launch,
     add_middles,
@@ -51,13 +50,12 @@ from hqqplus.kernels.triton.product import (
     whole_blocks,
 )
 
-MOST_ROWS = 16
 # For each SM: their loads in flight are what covers the latency of memory.
 _PROGRAMS = 4
 
 
 def shipped(rows: int, plane: int) -> Cut:
-    """The cut for `rows` rows of x (at most `MOST_ROWS`) and planes of `plane` codes."""
+    """The cut for `rows` rows of x and planes of `plane` codes."""
     bm = 8 if rows <= 8 else 16
     if plane <= 64:
         return Cut(bm, 64, 3, 2)
@@ -70,7 +68,7 @@ def shipped(rows: int, plane: int) -> Cut:
 def matmul_kernel(
     x, W_q, scale, offset, maps, sums, starts, bias, y, partial, counters,
     M, N, K, padded, groups, blocks, columns, stride_x, stride_w,
-    FACTORS: tl.constexpr, ASM: tl.constexpr, QMAX: tl.constexpr, NBITS: tl.constexpr, PLANE: tl.constexpr,
+    QMAX: tl.constexpr, NBITS: tl.constexpr, PLANE: tl.constexpr,
     GROUP: tl.constexpr, ONE_GROUP: tl.constexpr, HAS_MAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr, TAIL: tl.constexpr, RUN: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
@@ -114,7 +112,7 @@ def matmul_kernel(
             mask = inside if EVEN_K else inside & (k + j < K)[:, None]
             operand = tl.load(x_tile + k, mask=mask, other=0.0)
             start = tl.load(starts + (b * PER + i) * columns + m)
-            numbers = plane(w, w_shifted, i, NBITS, FACTORS[i], ASM[i], BF16)
+            numbers = plane(w, w_shifted, i, NBITS, BF16)
             product = dot(numbers, operand, tl.broadcast_to(start[None, :], (BN, BM)))
             if ONE_GROUP:
                 s = whole_scale
@@ -125,8 +123,8 @@ def matmul_kernel(
                     s = (code - zero) * (_half(steps[i // RUN], 0, maps.dtype.element_ty) * (1 / 256))
                 else:
                     s = _half(words[i // RUN], i % RUN, scale.dtype.element_ty)
-            if FACTORS[i] != 1:
-                s = s * (1 / FACTORS[i])
+            if factor_of(i, NBITS, BF16) != 1:
+                s = s * (1 / factor_of(i, NBITS, BF16))
             acc = tl.math.fma(product, s[:, None], acc)
 
     acc = add_middles(
@@ -155,17 +153,12 @@ def launches(
         cut: another than the shipped one.
         shares: into how many K is split; 0 leaves that to `split`.
     """
-    layout, nbits, name = packed.layout, packed.spec.nbits, DTYPES[x.dtype]
-    per = 8 // nbits
-    cut = cut or shipped(x.shape[0], layout.plane)
-    factors = tuple(factor(i, nbits, name) for i in range(per))
+    cut = cut or shipped(x.shape[0], packed.layout.plane)
     tiles = tiles_of(x, packed.shape[0], cut, whole_blocks(packed), _PROGRAMS * processors, shares)
-    sums = sums_of(x, packed, factors, cut, tiles)
+    sums = sums_of(x, packed, True, cut, tiles)
     constants = {
-        "FACTORS": factors,
-        "ASM": planes(nbits, name),
         **layer_constants(packed),
-        "RUN": run(packed, min(per, 8 // packed.scale.element_size())),
+        "RUN": run(packed, min(8 // packed.spec.nbits, 8 // packed.scale.element_size())),
         "HAS_BIAS": bias is not None,
         "SPLIT": tiles.shares,
         "BM": cut.BM,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqplus.kernels.packed import Packed
-from hqqplus.kernels.triton.codes import base, codes, converted, dot
+from hqqplus.kernels.triton.codes import base, codes, converted, dot, factor_of
 from hqqplus.kernels.triton.convert import round_to
 from hqqplus.kernels.triton.metadata import load_middle, load_offset, load_scale
 
@@ -32,28 +32,33 @@ _SUMMED = 16
 @triton.jit
 def sums_kernel(
     x, sums, starts, counters, M, K, stride_x, tiles, columns, count,
-    FACTORS: tl.constexpr, BASE: tl.constexpr, QMAX: tl.constexpr, PLANE: tl.constexpr, TILES: tl.constexpr,
+    FACTORED: tl.constexpr, BASE: tl.constexpr, NBITS: tl.constexpr, PLANE: tl.constexpr, TILES: tl.constexpr,
     CLEARED: tl.constexpr,
 ):  # fmt: skip
     """X of each plane and the starts of its products, both [tiles, columns] float32; 0 where there is no row of x.
 
-    Also sets the `count` counters of the split to zero.
+    A start is -(base + factor Q / 2) X, with all factors 1 unless FACTORED. Also sets the `count` counters of the
+    split to zero, each program some of them.
     """
     m = tl.program_id(1)
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     k = tile[:, None] * PLANE + tl.arange(0, PLANE)[None, :]
     mask = (k < K) & (m + k * 0 < M)
     total = tl.sum(tl.load(x + m.to(tl.int64) * stride_x + k, mask=mask, other=0.0).to(tl.float32), axis=1)
-    PER: tl.constexpr = len(FACTORS)
-    share = tl.zeros([TILES], tl.float32)
-    for i in tl.static_range(PER):
-        share = tl.where(tile % PER == i, BASE + FACTORS[i] * (QMAX / 2), share)
+    PER: tl.constexpr = 8 // NBITS
+    QMAX: tl.constexpr = 2**NBITS - 1
+    share = tl.full([TILES], BASE + QMAX / 2, tl.float32)
+    if FACTORED:
+        for i in tl.static_range(PER):
+            factor = factor_of(i, NBITS, x.dtype.element_ty == tl.bfloat16)
+            share = tl.where(tile % PER == i, BASE + factor * (QMAX / 2), share)
     tl.store(sums + tile * columns + m, total, mask=tile < tiles)
     tl.store(starts + tile * columns + m, -share * total, mask=tile < tiles)
-    first = (m * tl.num_programs(0) + tl.program_id(0)) * CLEARED
-    for start in range(first, count, tl.num_programs(0) * tl.num_programs(1) * CLEARED):
-        cleared = start + tl.arange(0, CLEARED)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    cleared = (m * tl.num_programs(0) + tl.program_id(0)) * CLEARED + tl.arange(0, CLEARED)
+    for _ in range(0, tl.cdiv(count, programs * CLEARED)):
         tl.store(counters + cleared, 0, mask=cleared < count)
+        cleared += programs * CLEARED
 
 
 @triton.jit
@@ -177,14 +182,15 @@ def supports(packed: Packed, dtype: torch.dtype) -> bool:
 def run(packed: Packed, most: int) -> int:
     """How many scales, a power of two up to `most`, one load takes: rows and storage have to be aligned to as much."""
     size = packed.scale.element_size()
-    return math.gcd(most, packed.layout.groups, packed.scale.data_ptr() // size)
+    places = [tensor.data_ptr() // size for tensor in (packed.scale, packed.offset)]
+    return math.gcd(most, packed.layout.groups, *places)
 
 
-def maps_of(packed: Packed) -> Tensor:
-    """The maps of 8-bit metadata, aligned to the 32 bits that step and zero are loaded in; any tensor without them."""
+def maps_of(packed: Packed, alignment: int = 4) -> Tensor:
+    """The maps of 8-bit metadata, aligned to the bytes that are loaded at once; without them any tensor."""
     if packed.blocks is None:
         return packed.scale
-    return packed.blocks.clone() if packed.blocks.data_ptr() % 4 else packed.blocks
+    return packed.blocks.clone() if packed.blocks.data_ptr() % alignment else packed.blocks
 
 
 class Tiles(NamedTuple):
@@ -223,8 +229,11 @@ class Sums(NamedTuple):
     launch: Launch
 
 
-def sums_of(x: Tensor, packed: Packed, factors: tuple[int, ...], cut: Cut, tiles: Tiles) -> Sums:
-    """The sums of x [M, in_features] over the planes of whole blocks; also clears the counters of `tiles`."""
+def sums_of(x: Tensor, packed: Packed, factored: bool, cut: Cut, tiles: Tiles) -> Sums:
+    """The sums of x [M, in_features] over the planes of whole blocks; also clears the counters of `tiles`.
+
+    `factored`: whether the starts are for codes with the factors of their planes, or for codes as they are.
+    """
     layout, nbits, name = packed.layout, packed.spec.nbits, DTYPES[x.dtype]
     count = whole_blocks(packed) * (8 // nbits)
     columns = tiles.rows * cut.BM
@@ -234,9 +243,9 @@ def sums_of(x: Tensor, packed: Packed, factors: tuple[int, ...], cut: Cut, tiles
         (triton.cdiv(count, _SUMMED), columns, 1),
         [x, sums, starts, tiles.counters, x.shape[0], packed.shape[1], x.stride(0), count, columns, tiles.used],
         {
-            "FACTORS": factors,
+            "FACTORED": factored,
             "BASE": 0 if converted(nbits, name) else base(name),
-            "QMAX": packed.spec.qmax,
+            "NBITS": nbits,
             "PLANE": layout.plane,
             "TILES": _SUMMED,
             "CLEARED": 64,
