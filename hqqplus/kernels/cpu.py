@@ -32,8 +32,8 @@ from hqqplus.quantization.packing import unpack
 from hqqplus.quantization.spec import BLOCK
 
 _DIGIT = 128
-_COLUMNS = 16  # one register of int32 sums
-_INTEGER_CODES, _FLOAT_CODES = 2**22, 2**21  # of a slice
+_SHARED = 8  # groups of one product: 16 or 24 columns, one or two registers of int32 sums
+_INTEGER_CODES, _FLOAT_CODES = 2**23, 2**21  # of a slice; smaller ones cost more in calls than they save in the caches
 
 embedding = reference.embedding
 
@@ -41,7 +41,7 @@ embedding = reference.embedding
 @torch.no_grad()
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     out_features, in_features = packed.shape
-    rows = x.reshape(-1, in_features)
+    rows = x.reshape(-1, in_features).contiguous()
     if rows.shape[0] == 0 or x.dtype == torch.float64:
         return reference.matmul(x, packed, bias)
     bias = None if bias is None else bias.to(x.dtype)
@@ -58,7 +58,7 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 @torch.no_grad()
 def matmul_dx(dy: Tensor, packed: Packed) -> Tensor:
     out_features, in_features = packed.shape
-    rows = dy.reshape(-1, out_features)
+    rows = dy.reshape(-1, out_features).contiguous()
     if rows.shape[0] == 0 or dy.dtype == torch.float64:
         return reference.matmul_dx(dy, packed)
     dx = _times_stored(rows, packed, None) if packed.spec.axis == 1 else _times_turned(rows, packed, None)
@@ -143,7 +143,7 @@ def _times_stored(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     y, factor = x.new_empty(x.shape[0], layout.width), x.to(dtype)
     metadata = _metadata(packed, 0, layout.rows)
     unit = _unit(packed)
-    step = max(4 * _FLOAT_CODES // layout.rows // unit, 1) * unit
+    step = max(_FLOAT_CODES // layout.rows // unit, 1) * unit
     scratch = torch.empty(layout.rows * min(step, layout.padded), dtype=dtype)
     for start in range(0, layout.width, step):
         stop = min(start + step, layout.padded)
@@ -307,7 +307,7 @@ class _Run:
         self.count, self.tokens, planes, plane = digits.shape
         self.bits, self.per = bits, 8 // bits
         blocks = planes // self.per
-        self.share = min(max(_COLUMNS // (self.tokens * self.count), 1), blocks)
+        self.share = min(max(_SHARED // self.tokens, 1), blocks)
         self.chunks = -(-blocks // self.share)
         self.bytes = slice(first, first + blocks * plane)
         units = [weight * 2.0 ** (-bits * i) for i in range(self.per)]

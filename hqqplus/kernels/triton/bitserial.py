@@ -103,13 +103,13 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """`int8.matmul` of x [..., in], any strides: [..., out], dtype of `x`. Only what `supports` takes."""
     out_features, in_features = packed.shape
     rows = x.reshape(-1, in_features)
-    y = torch.empty(rows.shape[0], out_features, dtype=x.dtype, device=x.device)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
     if y.numel():
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             sliced = slice_activations(rows, packed)
-            call = product_call(sliced, packed, bias, y)
+            call = product_call(sliced, packed, bias, y.view(-1, out_features))
             bitserial_kernel[call.grid](*call.arguments, **call.constants, **OPTIONS)
-    return y.view(*x.shape[:-1], out_features)
+    return y
 
 
 def slice_activations(x: Tensor, packed: Packed) -> Slices:

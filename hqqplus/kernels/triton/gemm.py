@@ -46,9 +46,9 @@ from hqqplus.kernels.triton.product import (
 def shipped(rows: int, plane: int) -> Cut:
     """The cut for `rows` rows of x and planes of `plane` codes."""
     if plane <= 64:
-        return Cut(32, 128, 3, 4) if rows <= 32 else Cut(64, 128, 3, 8)
+        return Cut(32, 64, 3, 4) if rows <= 32 else Cut(64, 128, 3, 8)
     if plane == 128:
-        return Cut(32, 64, 3, 4) if rows <= 32 else Cut(64, 64, 3, 4)
+        return Cut(32, 64, 3, 4) if rows <= 32 else Cut(64, 64, 2, 4)
     return Cut(32, 64, 2, 4)
 
 

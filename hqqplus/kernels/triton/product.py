@@ -281,7 +281,7 @@ def product_arguments(
 ) -> list[Any]:
     """The arguments by place of `matmul_kernel` and `gemm_kernel`."""
     tensors = [x, packed.W_q, packed.scale, packed.offset, maps_of(packed), sums.totals, sums.starts]
-    tensors += [x if bias is None else bias, y, tiles.partial, tiles.counters]
+    tensors += [x if bias is None else bias.contiguous(), y, tiles.partial, tiles.counters]
     layout = packed.layout
     sizes = [x.shape[0], *packed.shape, layout.padded, layout.groups, whole_blocks(packed), sums.totals.shape[1]]
     return [*tensors, *sizes, x.stride(0), packed.W_q.stride(0)]

@@ -133,7 +133,8 @@ def launches(
     tiles = tiles_of(x, packed.shape[0], cut, whole_blocks(packed), _PROGRAMS * processors, shares)
     if tiles.used:
         tiles.counters.zero_()
-    tensors = [x, packed.W_q, packed.scale, packed.offset, maps_of(packed, 8), x if bias is None else bias, y]
+    bias_or_any = x if bias is None else bias.contiguous()
+    tensors = [x, packed.W_q, packed.scale, packed.offset, maps_of(packed, 8), bias_or_any, y]
     sizes = [x.shape[0], *packed.shape, layout.padded, layout.groups, whole_blocks(packed), x.stride(0)]
     arguments = [*tensors, tiles.partial, tiles.counters, *sizes, packed.W_q.stride(0)]
     constants = {
