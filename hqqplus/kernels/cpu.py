@@ -35,6 +35,9 @@ _DIGIT = 128
 _SHARED = 8  # groups of one product: 16 or 24 columns, one or two registers of int32 sums
 _INTEGER_CODES, _FLOAT_CODES = 2**23, 2**21  # of a slice; smaller ones cost more in calls than they save in the caches
 
+# Weights of a layer from which on all this is faster than the reference: below, the calls cost more than the work.
+SMALLEST = 2**19
+
 embedding = reference.embedding
 
 

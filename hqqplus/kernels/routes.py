@@ -1,6 +1,6 @@
 """Which backend serves a call: by its device, its rows of x and the layer.
 
-    CPU                                   `cpu.py`
+    CPU, half a million weights or more   `cpu.py`
     CUDA, few rows of x                   `triton/matmul.py`     the codes themselves on tensor cores
     CUDA, dozens of rows                  `triton/gemm.py`       the same, a plane at a time
     CUDA, one to four, no tensor cores    `triton/simt.py`       sm_75, float32, groups of 8
@@ -78,7 +78,7 @@ _INTERPRETED = Crossovers(few=8, some=24, simt=4, general=8, slice_mib=1)
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """`x` [..., in_features] times the transposed weight, plus `bias`: [..., out_features]."""
-    backend = _backend(x.device, x.dtype)
+    backend = _backend(packed, x.dtype)
     if backend != "triton":
         return (cpu if backend == "cpu" else reference).matmul(x, packed, bias)
     flat = x.reshape(-1, packed.shape[1])
@@ -89,7 +89,7 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 def matmul_dx(dy: Tensor, packed: Packed) -> Tensor:
     """`dy` [..., out_features] times the weight: [..., in_features]."""
-    backend = _backend(dy.device, dy.dtype)
+    backend = _backend(packed, dy.dtype)
     if backend != "triton":
         return (cpu if backend == "cpu" else reference).matmul_dx(dy, packed)
     flat = dy.reshape(-1, packed.shape[0])
@@ -105,7 +105,7 @@ def matmul_dx(dy: Tensor, packed: Packed) -> Tensor:
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The weight [out_features, in_features] in `dtype`."""
-    backend = _backend(packed.W_q.device, dtype)
+    backend = _backend(packed, dtype)
     if backend != "triton":
         return (cpu if backend == "cpu" else reference).dequantize(packed, dtype)
 
@@ -119,7 +119,7 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 def embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     """Rows `ids` [...] of the matrix: [..., in_features] in `dtype`."""
-    backend = _backend(packed.W_q.device, dtype)
+    backend = _backend(packed, dtype)
     if backend != "triton":
         return (cpu if backend == "cpu" else reference).embedding(ids, packed, dtype)
 
@@ -160,11 +160,13 @@ def _forward(kernel: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Ten
     return module.matmul(x, packed, bias, processors(x.device))
 
 
-def _backend(device: torch.device, dtype: torch.dtype) -> str:
-    """`triton`, `cpu` or `reference`."""
+def _backend(packed: Packed, dtype: torch.dtype) -> str:
+    """`triton`, `cpu` or `reference`, for a layer and a type of x."""
+    device = packed.W_q.device
     served = dtype in (torch.float32, torch.float16, torch.bfloat16)
     if device.type == "cpu":
-        return "triton" if triton.interpreted() and served else "cpu"
+        small = packed.shape[0] * packed.shape[1] < cpu.SMALLEST
+        return "triton" if triton.interpreted() and served else "reference" if small else "cpu"
     return "triton" if device.type == "cuda" and served and _has_triton(device) else "reference"
 
 

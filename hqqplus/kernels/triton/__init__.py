@@ -11,8 +11,8 @@ The ops:
 
     dequantize   packed -> a matrix of floats, or a window of it
     embedding    rows of a packed embedding
-    matmul       the product for few rows of x; gemm for dozens; dense for many, and dx; simt for one to four rows without
-                 tensor cores; general for any layer
+    matmul       the product for few rows of x; gemm for dozens; dense for many, and dx; simt for one to four rows
+                 without tensor cores; general for any layer
     bitserial    the product of one-bit weights and 8-bit activations
 """
 

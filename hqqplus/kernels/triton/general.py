@@ -95,7 +95,8 @@ def launches(
     tiles = tiles_of(x, N, cut, triton.cdiv(K, 4 * _BK), _PROGRAMS * processors, shares)
     if tiles.used:
         tiles.counters.zero_()
-    tensors = [x, packed.W_q, packed.scale, packed.offset, maps_of(packed), x if bias is None else bias.contiguous(), y]
+    bias_or_any = x if bias is None else bias.contiguous()
+    tensors = [x, packed.W_q, packed.scale, packed.offset, maps_of(packed), bias_or_any, y]
     sizes = [x.shape[0], N, K, layout.padded, layout.groups, x.stride(0), packed.W_q.stride(0)]
     constants = {
         "AXIS": spec.axis,
