@@ -61,6 +61,32 @@ def embedded_2bit(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sass(result: dict[str, Any]) -> str:
+    """Instructions a weight of the kernel for few rows, on every architecture with tensor cores."""
+    rows = [row for row in result["kernels"] if row["kernel"] == "matmul"]
+    architectures = sorted({row["sm"] for row in rows})
+    lines = [f"| weights | rows of x | {' | '.join(f'sm_{sm}' for sm in architectures)} |"]
+    lines.append("|---" * (2 + len(architectures)) + "|")
+    counts = {(row["spec"], row["rows"], row["sm"]): row["a_weight"] for row in rows}
+    for spec in ("2-bit g64", "1-bit g64", "2-bit g32, 8-bit metadata"):
+        for few in (1, 16):
+            cells = " | ".join(f"{counts[spec, few, sm]:.2f}" for sm in architectures)
+            lines.append(f"| {spec} | {few} | {cells} |")
+    return "\n".join(lines)
+
+
+def cpu(result: dict[str, Any]) -> str:
+    """How many times the time of a bf16 `F.linear` the routes in bf16 take, on a layer of 4096 x 4096."""
+    routes = {"hqqplus": "ours bf16", "reference": "reference bf16", "hqq 0.2.8": "hqq bf16"}
+    lines = [f"| weights | rows of x | {' | '.join(routes)} |", "|---" * (2 + len(routes)) + "|"]
+    for row in result["results"]:
+        if row["layer"] == [4096, 4096] and row["rows"] in (1, 512):
+            times = row["milliseconds"]
+            cells = " | ".join(f"{times[route] / times['F.linear bf16']:.1f}" for route in routes.values())
+            lines.append(f"| {row['spec']} | {row['rows']} | {cells} |")
+    return "\n".join(lines)
+
+
 def render(file: str) -> str:
     path = ROOT / file
     makers = {
@@ -68,6 +94,8 @@ def render(file: str) -> str:
         "methods": methods,
         "recovery_vs_reference": recovery_vs_reference,
         "embedded_2bit": embedded_2bit,
+        "sass": sass,
+        "cpu": cpu,
     }
     return makers[path.stem](json.loads(path.read_text(encoding="utf-8")))
 

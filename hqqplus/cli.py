@@ -25,6 +25,7 @@ Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a h
 Adapter = Annotated[Path | None, typer.Option(help="folder of an adapter to put on the model")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if there is one")]
+Compute = Annotated[str, typer.Option(help="auto, or int8: 8-bit activations in the layers of 1 bit")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.max_steps=10")]
 
@@ -147,6 +148,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = None,
     trust_remote_code: Trust = False,
+    compute: Compute = "auto",
 ) -> None:
     """Perplexity of a model, with or without an adapter, on a text."""
     from hqqplus.data import RowForm, load_rows
@@ -155,7 +157,7 @@ def evaluate(
     rows = load_rows(texts, split, where="TEXTS")
     form = RowForm(text_field=text_field)
     form.check(rows, "TEXTS")
-    loaded, tokenizer = _load(model, adapter, revision, _dtype(dtype), device, trust_remote_code)
+    loaded, tokenizer = _load(model, adapter, revision, _dtype(dtype), device, trust_remote_code, compute)
     windows = make_windows(form.documents(rows, tokenizer), tokenizer, max_length, max_tokens, texts)
     result = perplexity(loaded, windows, batch_size)
     typer.echo(f"perplexity {result.perplexity:.4f} ({result.tokens:,} tokens, windows of {max_length})")
@@ -171,11 +173,12 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = None,
     trust_remote_code: Trust = False,
+    compute: Compute = "auto",
 ) -> None:
     """Continue prompts, greedily."""
     from hqqplus.evaluation.samples import complete
 
-    loaded, tokenizer = _load(model, adapter, revision, _dtype(dtype), device, trust_remote_code)
+    loaded, tokenizer = _load(model, adapter, revision, _dtype(dtype), device, trust_remote_code, compute)
     for prompt, completion in zip(prompts, complete(loaded, tokenizer, prompts, max_new_tokens), strict=True):
         typer.echo(prompt + completion)
 
@@ -252,13 +255,19 @@ def _dtype(name: str) -> str:
 
 
 def _load(
-    model: str, adapter: Path | None, revision: str | None, dtype: str, device: str | None, trust_remote_code: bool
+    model: str,
+    adapter: Path | None,
+    revision: str | None,
+    dtype: str,
+    device: str | None,
+    trust_remote_code: bool,
+    compute: str,
 ) -> tuple[Any, Any]:
     """(model, tokenizer): the adapter's tokenizer if it brings one (it may have grown), else the model's."""
     from hqqplus.models import load, load_tokenizer
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    loaded = load(model, adapter, dtype=dtype, device=device, **options)
+    loaded = load(model, adapter, dtype=dtype, device=device, compute=compute, **options)
     home = model
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
         home, options["revision"] = str(adapter), None

@@ -21,10 +21,13 @@ from hqqplus.adapters.fingerprint import Fingerprint, check_base, packed_sha256
 from hqqplus.embedded import MODEL_DIR, MODEL_NAME
 from hqqplus.errors import UserError
 from hqqplus.files import check_output, replacing_folder, write_text
+from hqqplus.kernels import int8
+from hqqplus.modules import PackedLinear, packed_modules
 
 if TYPE_CHECKING:
     from hqqplus.integrations.transformers import HqqPlusConfig
 
+COMPUTE = ("auto", "int8")
 # Files that hold weights, in the order transformers looks for them.
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -246,6 +249,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
+    compute: str = "auto",
 ) -> Any:
     """Load a model for use: a packed folder, a full-precision one, or either with an adapter on top.
 
@@ -255,14 +259,21 @@ def load(
         revision, trust_remote_code: as in transformers, for the base.
         dtype: a torch dtype or its name; "auto" is bfloat16 on a GPU and float32 on a CPU.
         device: where to; by default the GPU if there is one.
+        compute: "int8" rounds the activations of the layers of 1 bit to 8 bits a token wherever no gradient is asked
+            for (`kernels/int8.py`), and says which packed layers it leaves alone; "auto" rounds none.
 
     Returns:
         A transformers model in evaluation mode, or a `PeftModel` around it.
 
     Raises:
-        UserError: if anything is missing or damaged, or if the adapter was trained on another base.
+        UserError: if anything is missing or damaged, if the adapter was trained on another base, or if `compute` is
+            "int8" and the model has no layer of 1 bit.
     """
+    if compute not in COMPUTE:
+        raise UserError(f"compute is {compute!r}: it must be one of {', '.join(COMPUTE)}")
     _, adapter, model = _load_base(name, adapter, revision, dtype, device, trust_remote_code)
+    if compute == "int8":
+        use_int8(model, str(name))
     return model if adapter is None else put_adapter(model, adapter)
 
 
@@ -309,6 +320,30 @@ def _load_base(
         where="model",
     )
     return base, adapter, model
+
+
+def use_int8(model: Any, name: str) -> None:
+    """Let the packed layers of 1 bit compute with 8-bit activations; log those of other widths, which go on as before.
+
+    Raises:
+        UserError: if there is none of 1 bit (with axis 1).
+    """
+    layers = {path: layer for path, layer in packed_modules(model).items() if isinstance(layer, PackedLinear)}
+    others = [path for path, layer in layers.items() if not int8.supports(layer.spec)]
+    if len(others) == len(layers):
+        raise UserError(f"compute: int8 is for layers of 1 bit with axis 1, and {name} has none")
+    for layer in layers.values():
+        layer.compute = "int8"
+    if others:
+        specs = {path: layers[path].spec for path in others}
+        named = [f"{path} ({s.nbits}-bit{', axis 0' if s.axis == 0 else ''})" for path, s in specs.items()]
+        more = f" and {len(named) - 3} more" if named[3:] else ""
+        logging.getLogger(__name__).warning(
+            "int8: %d layers of 1 bit take 8-bit activations; the 16-bit route stays for %s%s",
+            len(layers) - len(others),
+            ", ".join(named[:3]),
+            more,
+        )
 
 
 def put_adapter(model: Any, adapter: str | Path, check: bool = True) -> Any:

@@ -271,6 +271,26 @@ def test_generate(made: SimpleNamespace, arguments: tuple[str, ...]) -> None:
     assert said == "".join(f"{text}\n" for text in expected)
 
 
+def test_8_bit_activations(made: SimpleNamespace, tmp_path: Path) -> None:
+    run("quantize", made.parent, "--out", tmp_path / "one", "--nbits", 1, *GROUPS, "--quiet")
+    lines = {}
+    for compute in ("auto", "int8"):
+        said = run("evaluate", tmp_path / "one", made.texts, "--max-length", 12, "--compute", compute)
+        model = hqqplus.load(tmp_path / "one", compute=compute)
+        windows = make_windows(TEXTS, models.load_tokenizer(str(made.parent)), 12)
+        assert f"perplexity {perplexity(model, windows).perplexity:.4f} (" in said
+        lines[compute] = said
+        ids = torch.tensor([models.load_tokenizer(str(made.parent)).encode("once")])
+        tokens = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0]
+        expected = models.load_tokenizer(str(made.parent)).decode(tokens, skip_special_tokens=True)
+        said = run("generate", tmp_path / "one", "once", "--max-new-tokens", 5, "--compute", compute)
+        assert said == f"{expected}\n"
+    assert lines["auto"] != lines["int8"]
+    arguments = ["generate", str(made.packed), "once", "--compute", "int8"]
+    with pytest.raises(UserError, match=r"^compute: int8 is for layers of 1 bit"):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+
+
 @pytest.mark.parametrize("verb", ["evaluate", "generate"])
 def test_the_revision_goes_to_the_model_and_its_tokenizer_only(
     made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str

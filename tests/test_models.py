@@ -94,6 +94,68 @@ def test_a_dtype_by_name_or_itself(made: SimpleNamespace) -> None:
         hqqplus.load(made.packed, dtype="bf16")
 
 
+@pytest.fixture(scope="module")
+def one_bit(made: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 1 bit with an output head of 8."""
+    folder = tmp_path_factory.mktemp("one_bit") / "packed"
+    config = HqqPlusConfig(nbits=1, group_size=32, overrides={"lm_head": {"nbits": 8}})
+    hqqplus.quantize_folder(str(made.parent), folder, config)
+    return folder
+
+
+def test_8_bit_activations_in_layers_of_1_bit(one_bit: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = hqqplus.load(one_bit)(IDS).logits
+    assert not caplog.records
+    model = hqqplus.load(one_bit, compute="int8")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "int8: 14 layers of 1 bit take 8-bit activations; the 16-bit route stays for lm_head (8-bit)"
+    )
+    taken: list[str] = []
+    for name, layer in packed_modules(model).items():
+        layer.register_forward_hook(lambda layer, *_, name=name: taken.append(name) if layer.takes_int8() else None)
+    with torch.no_grad():
+        logits = model(IDS).logits
+    assert len(taken) == 14
+    assert "lm_head" not in taken
+    assert 0 < (logits - expected).abs().max() < 0.1 * expected.abs().max()
+    taken.clear()
+    assert torch.equal(model(IDS).logits, expected)  # with gradients on
+    assert not taken
+
+
+def test_8_bit_activations_below_an_adapter(one_bit: Path, made: SimpleNamespace) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(hqqplus.load(one_bit, compute="int8").requires_grad_(False), config).eval()
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    x = torch.randn(3, layer.base_layer.in_features)
+    with torch.no_grad():
+        adapter = layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
+        eight = layer.base_layer(x)
+        assert layer.base_layer.takes_int8()
+        torch.testing.assert_close(layer(x), eight + adapter)
+    sixteen = layer.base_layer(x)
+    assert (sixteen - eight).abs().max() > 1e-4
+    torch.testing.assert_close(layer(x), sixteen + adapter)
+
+
+def test_8_bit_activations_are_in_no_file(one_bit: Path, tmp_path: Path) -> None:
+    hqqplus.load(one_bit, compute="int8").save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (one_bit / name).read_bytes()
+    layers = packed_modules(hqqplus.load(tmp_path / "again"))
+    assert {layer.compute for name, layer in layers.items() if "proj" in name} == {"auto"}
+
+
+def test_8_bit_activations_need_a_layer_of_1_bit(made: SimpleNamespace) -> None:
+    for name in (made.packed, made.parent):
+        with pytest.raises(UserError, match=rf"^compute: int8 is for layers of 1 bit .*, and {name} has none$"):
+            hqqplus.load(name, compute="int8")
+    with pytest.raises(UserError, match=r"^compute is 'int4': it must be one of auto, int8$"):
+        hqqplus.load(made.packed, compute="int4")
+
+
 def test_the_revision_of_the_fingerprint_is_the_default_for_its_own_base(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

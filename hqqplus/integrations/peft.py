@@ -43,7 +43,9 @@ class PackedLoraLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
-        names = self._fused_adapters() if _untouched(base, PackedLinear) and not args and not kwargs else None
+        # Where activations are rounded is the base layer's own choice.
+        direct = isinstance(base, PackedLinear) and _untouched(base, PackedLinear) and not base.takes_int8()
+        names = self._fused_adapters() if direct and not args and not kwargs else None
         if not names:
             return super().forward(x, *args, **kwargs)
         assert isinstance(base, PackedLinear)

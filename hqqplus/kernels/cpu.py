@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hqqplus.kernels import reference
-from hqqplus.kernels.packed import Packed
+from hqqplus.kernels.packed import Packed, shaped
 from hqqplus.quantization.metadata import decode
 from hqqplus.quantization.packing import unpack
 from hqqplus.quantization.spec import BLOCK
@@ -55,7 +55,7 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         y = (y if bias is None else y.add_(bias)).to(x.dtype).contiguous()
     else:
         y = _times_turned(rows, packed, bias)
-    return y.view(*x.shape[:-1], out_features)
+    return shaped(y, (*x.shape[:-1], out_features))
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def matmul_dx(dy: Tensor, packed: Packed) -> Tensor:
     if rows.shape[0] == 0 or dy.dtype == torch.float64:
         return reference.matmul_dx(dy, packed)
     dx = _times_stored(rows, packed, None) if packed.spec.axis == 1 else _times_turned(rows, packed, None)
-    return dx.view(*dy.shape[:-1], in_features)
+    return shaped(dx, (*dy.shape[:-1], in_features))
 
 
 @torch.no_grad()

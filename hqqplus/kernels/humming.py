@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hqqplus.kernels.packed import Packed
+from hqqplus.kernels.packed import Packed, shaped
 from hqqplus.quantization.metadata import decode
 from hqqplus.quantization.packing import unpack
 from hqqplus.quantization.spec import WHOLE_ROW, QuantSpec
@@ -203,7 +203,7 @@ def matmul(x: Tensor, converted: Converted, bias: Tensor | None = None) -> Tenso
     y = forward(converted.config, rows, **converted.tensors, locks=converted.locks)
     if bias is not None:
         y += bias.to(y.dtype)
-    return y.view(*x.shape[:-1], converted.out_features)
+    return shaped(y, (*x.shape[:-1], converted.out_features))
 
 
 @dataclass

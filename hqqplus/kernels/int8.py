@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from hqqplus.kernels import triton as triton_backend
+from hqqplus.kernels import routes
 from hqqplus.kernels.packed import Packed
 from hqqplus.quantization.metadata import decode
 from hqqplus.quantization.packing import unpack
@@ -59,6 +59,9 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """The product as defined above in torch, on any device: x [..., in], any strides -> [..., out], dtype of `x`."""
     layout, (out_features, in_features) = packed.layout, packed.shape
     rows = x.reshape(-1, in_features)
+    result = x.new_empty(
+        *x.shape[:-1], out_features
+    )  # and no view of something: those made without gradients are sealed
     # The product must not become one of 16-bit floats: their sums are not exact.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         xi, step = round_activations(rows)
@@ -68,7 +71,8 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         y = _scaled_sums(xi, packed, scale).addmm_(sums, offset.t()).mul_(step[:, None])
         if bias is not None:
             y += bias
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+        result.view(-1, out_features).copy_(y)
+    return result
 
 
 def _scaled_sums(xi: Tensor, packed: Packed, scale: Tensor) -> Tensor:
@@ -152,11 +156,13 @@ def matmul_int8(
     packed = Packed(W_q, scale, offset, blocks, QuantSpec(nbits, group_size, axis), (out_features, in_features))
     if not supports(packed.spec):
         raise ValueError(f"an 8-bit product needs weights of 1 bit with axis 1, not {nbits} bits with axis {axis}")
-    if x.is_cuda and triton_backend.available():
+    if x.is_cuda and routes.has_triton(x.device):
         from hqqplus.kernels.triton import bitserial
 
         if bitserial.supports(x, packed):
-            return bitserial.matmul(x, packed, bias)
+            return routes.attempt(
+                "bitserial", lambda: bitserial.matmul(x, packed, bias), lambda: matmul(x, packed, bias), x
+            )
     return matmul(x, packed, bias)
 
 

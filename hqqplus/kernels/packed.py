@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hqqplus.quantization.spec import Layout, QuantSpec
@@ -29,3 +30,8 @@ class Packed(NamedTuple):
     @property
     def layout(self) -> Layout:
         return self.spec.layout(*self.shape)
+
+
+def shaped(fresh: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A fresh contiguous tensor in another shape, not as a view: what an op returns may be added to in place."""
+    return torch.ops.aten._unsafe_view(fresh, list(shape))

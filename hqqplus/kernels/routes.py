@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hqqplus.kernels import cpu, humming, reference, triton
-from hqqplus.kernels.packed import Packed
+from hqqplus.kernels.packed import Packed, shaped
 
 VARIABLE = "HQQPLUS_CROSSOVERS"
 OLDEST_TRITON = (3, 6)
@@ -83,8 +83,8 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         return (cpu if backend == "cpu" else reference).matmul(x, packed, bias)
     flat = x.reshape(-1, packed.shape[1])
     kernel = forward_kernel(packed, flat.shape[0], x.dtype, x.device)
-    y = _attempt(kernel, lambda: _forward(kernel, flat, packed, bias), lambda: reference.matmul(flat, packed, bias), x)
-    return y.view(*x.shape[:-1], packed.shape[0])
+    y = attempt(kernel, lambda: _forward(kernel, flat, packed, bias), lambda: reference.matmul(flat, packed, bias), x)
+    return shaped(y, (*x.shape[:-1], packed.shape[0]))
 
 
 def matmul_dx(dy: Tensor, packed: Packed) -> Tensor:
@@ -99,8 +99,8 @@ def matmul_dx(dy: Tensor, packed: Packed) -> Tensor:
 
         return dense.matmul_dx(flat, packed, crossovers(dy.device).slice_mib << 20)
 
-    dx = _attempt("dense", dense, lambda: reference.matmul_dx(flat, packed), dy)
-    return dx.view(*dy.shape[:-1], packed.shape[1])
+    dx = attempt("dense", dense, lambda: reference.matmul_dx(flat, packed), dy)
+    return shaped(dx, (*dy.shape[:-1], packed.shape[1]))
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -114,7 +114,7 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
 
         return dequantize(packed, dtype)
 
-    return _attempt("dequantize", kernel, lambda: reference.dequantize(packed, dtype), packed.W_q)
+    return attempt("dequantize", kernel, lambda: reference.dequantize(packed, dtype), packed.W_q)
 
 
 def embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -128,7 +128,7 @@ def embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
 
         return embedding(ids, packed, dtype)
 
-    return _attempt("embedding", kernel, lambda: reference.embedding(ids, packed, dtype), packed.W_q)
+    return attempt("embedding", kernel, lambda: reference.embedding(ids, packed, dtype), packed.W_q)
 
 
 def forward_kernel(packed: Packed, rows: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -167,11 +167,11 @@ def _backend(packed: Packed, dtype: torch.dtype) -> str:
     if device.type == "cpu":
         small = packed.shape[0] * packed.shape[1] < cpu.SMALLEST
         return "triton" if triton.interpreted() and served else "reference" if small else "cpu"
-    return "triton" if device.type == "cuda" and served and _has_triton(device) else "reference"
+    return "triton" if device.type == "cuda" and served and has_triton(device) else "reference"
 
 
 @cache
-def _has_triton(device: torch.device) -> bool:
+def has_triton(device: torch.device) -> bool:
     """Whether Triton's kernels can run on a GPU; the reason why not is reported once."""
     capability = _capability(device)
     if torch.version.hip is not None:
@@ -229,7 +229,7 @@ def describe() -> dict[str, str]:
     used = set()
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        served = _has_triton(device)
+        served = has_triton(device)
         used |= {_capability(device)} if served else set()
         lines[f"packed cuda:{index}"] = f"Triton, {crossovers(device)}" if served else "torch reference"
     lines["crossovers"] = (
@@ -267,7 +267,7 @@ def parse(text: str) -> dict[int, dict[str, int]]:
 _broken: set[tuple[str, torch.device]] = set()
 
 
-def _attempt(kernel: str, run: Callable[[], Tensor], instead: Callable[[], Tensor], x: Tensor) -> Tensor:
+def attempt(kernel: str, run: Callable[[], Tensor], instead: Callable[[], Tensor], x: Tensor) -> Tensor:
     """`run()`; where that kernel cannot be compiled or started on the device of `x`, `instead()`, from then on."""
     if (kernel, x.device) in _broken:
         return instead()

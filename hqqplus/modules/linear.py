@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from hqqplus.kernels import quantize  # importing it registers torch.ops.hqqplus
+from hqqplus.kernels import int8, quantize  # importing them registers torch.ops.hqqplus
 from hqqplus.modules.packed import PackedState
 from hqqplus.quantization import QuantSpec, SolverOptions
 
@@ -24,7 +24,14 @@ class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight 
         spec: how the weight is quantized.
         compute_dtype: the dtype that `weight` and `dequantize()` return; products are in the dtype of their input.
         device: where the (uninitialised) parameters are made.
+
+    Attributes:
+        compute: "auto", or "int8": activations are rounded to 8 bits a token (`kernels/int8.py`) wherever no gradient
+            is asked for (`torch.no_grad`, `torch.inference_mode`) and the weight has 1 bit and axis 1; everything else
+            stays as it is. A choice of this process: part of neither the state nor the configuration.
     """
+
+    compute: str = "auto"
 
     def __init__(
         self,
@@ -74,14 +81,20 @@ class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return torch.ops.hqqplus.matmul(x, *self.op_arguments(), self.bias)
+        product = torch.ops.hqqplus.matmul_int8 if self.takes_int8() else torch.ops.hqqplus.matmul
+        return product(x, *self.op_arguments(), self.bias)
+
+    def takes_int8(self) -> bool:
+        """Whether a call would round its activations to 8 bits now."""
+        return self.compute == "int8" and int8.supports(self.spec) and not torch.is_grad_enabled()
 
     def op_arguments(self) -> tuple[Any, ...]:
-        """What `torch.ops.hqqplus.matmul` takes between x and the bias."""
+        """What `torch.ops.hqqplus.matmul` and `matmul_int8` take between x and the bias."""
         spec = self.spec
         sizes = spec.nbits, spec.group_size, spec.axis, self.out_features, self.in_features
         return self.W_q, *self.metadata(), *sizes
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._describe()}"
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._describe()}"
+        return text if self.compute == "auto" else f"{text}, compute={self.compute}"

@@ -111,6 +111,72 @@ def test_compiles_without_a_graph_break(spec: QuantSpec) -> None:
     assert torch.equal(*gradients)
 
 
+# 8-bit activations ---------------------------------------------------------------------------------------------------
+
+ONE = QuantSpec(nbits=1, group_size=32)
+
+
+@both
+def test_int8_is_taken_where_no_gradient_is_asked_for(spec: QuantSpec) -> None:
+    _, packed = make(spec=spec.replace(nbits=1))
+    x = torch.randn(3, 172)
+    sixteen = packed(x)
+    packed.compute = "int8"
+    eight = torch.ops.hqqplus.matmul_int8(x, *packed.op_arguments(), packed.bias)
+    assert not torch.equal(eight, sixteen)
+    assert (eight - sixteen).abs().max() < 0.05 * sixteen.abs().max()
+    for quiet in (torch.no_grad, torch.inference_mode):
+        with quiet():
+            assert torch.equal(packed(x), eight)
+    assert torch.equal(packed(x), sixteen)
+    x.requires_grad_()
+    packed(x).sum().backward()
+    expected = torch.autograd.grad(nn.functional.linear(x, packed.weight).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+    with torch.no_grad():
+        assert torch.equal(packed(x), eight)
+
+
+@pytest.mark.parametrize("spec", [SPEC, ONE.replace(axis=0), SPEC.replace(nbits=8)], ids=str)
+def test_int8_is_for_one_bit_along_the_input(spec: QuantSpec) -> None:
+    _, packed = make(spec=spec)
+    x = torch.randn(3, 172)
+    with torch.no_grad():
+        expected = packed(x)
+        packed.compute = "int8"
+        assert not packed.takes_int8()
+        assert torch.equal(packed(x), expected)
+
+
+def test_int8_rounds_what_autocast_leaves() -> None:
+    _, packed = make(spec=ONE)
+    packed.compute = "int8"
+    x = torch.randn(3, 172)
+    with torch.no_grad():
+        expected = packed(x.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(packed(x), expected)
+
+
+def test_int8_is_a_choice_of_the_process() -> None:
+    _, packed = make(spec=ONE)
+    names, text = list(packed.state_dict()), repr(packed)
+    packed.compute = "int8"
+    assert list(packed.state_dict()) == names
+    assert repr(packed) == text.replace(")", ", compute=int8)")
+    assert make(spec=ONE)[1].compute == "auto"
+
+
+def test_int8_compiles_without_a_graph_break() -> None:
+    _, packed = make(spec=ONE)
+    packed.compute = "int8"
+    x = torch.randn(3, 172)
+    compiled = torch.compile(packed, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), packed(x))
+    assert torch.equal(compiled(x), packed(x))  # the gradient mode is a guard
+
+
 def test_a_weight_with_nan_is_refused() -> None:
     linear = nn.Linear(8, 8)
     with torch.no_grad():

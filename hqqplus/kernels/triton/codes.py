@@ -75,10 +75,10 @@ def centred_assembly(nbits: int, dtype: str) -> str:
     """PTX: $2 a word of four bytes, $3 where a code begins in its byte, plus 7 -> $0, $1 the codes q - Q / 2 of bytes
     (0, 1) and (2, 3).
 
-    The middle lies between two codes. So they are put at bit 1 of the mantissa, below half the power, which has room for
-    it: base / 2 + q, less base / 2 + Q / 2. Two rotations of the word bring them there, and 7 more bits than the code's
-    own because none of the rotations may be to the left. The multiplication by one is there because a subtraction of
-    bfloat16 came later than sm_80.
+    The middle lies between two codes. So they are put at bit 1 of the mantissa, below half the power, which has room
+    for it: base / 2 + q, less base / 2 + Q / 2. Two rotations of the word bring them there, and 7 more bits than the
+    code's own because none of the rotations may be to the left. The multiplication by one is there because a
+    subtraction of bfloat16 came later than sm_80.
     """
     window = 2**nbits - 1
     one = (127 + 7 - 1 if dtype == "bfloat16" else 15 + 10 - 1) << _MANTISSA[dtype]

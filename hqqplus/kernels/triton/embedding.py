@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hqqplus.kernels.packed import Packed
+from hqqplus.kernels.packed import Packed, shaped
 from hqqplus.kernels.triton.dequantize import launch
 
 
@@ -28,4 +28,4 @@ def embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     rows = ids.reshape(-1).contiguous()
     out = torch.empty(rows.shape[0], width, dtype=dtype, device=packed.W_q.device)
     launch(packed, out, (0, rows.shape[0]), (0, width), rows)
-    return out.view(*ids.shape, width)
+    return shaped(out, (*ids.shape, width))
