@@ -25,7 +25,7 @@ from hqqplus.kernels.packed import Packed
 from hqqplus.kernels.triton.codes import codes, dot
 from hqqplus.kernels.triton.convert import round_to
 from hqqplus.kernels.triton.metadata import load_offset, load_scale
-from hqqplus.kernels.triton.product import Cut, Launch, finish, maps_of, rows_of, tiles_of
+from hqqplus.kernels.triton.product import Cut, Launch, finish, maps_of, multiply, tiles_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BK = 32
@@ -118,9 +118,5 @@ def launches(
 
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None, processors: int, **cut: Any) -> Tensor:
-    """`x` [M, in_features] times the transposed weight, plus `bias`: [M, out_features]; as `matmul.matmul`."""
-    y = x.new_empty((x.shape[0], packed.shape[0]))
-    if y.numel():
-        for launch in launches(rows_of(x), packed, bias, y, processors, **cut):
-            launch.run()
-    return y
+    """`x` [M, in_features] times the transposed weight, plus `bias`: [M, out_features]; arguments as in `launches`."""
+    return multiply(launches, x, packed, bias, processors, **cut)

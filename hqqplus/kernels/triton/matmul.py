@@ -38,12 +38,10 @@ from hqqplus.kernels.triton.metadata import _byte, _half, load_scale, load_words
 from hqqplus.kernels.triton.product import (
     Cut,
     Launch,
-    add_middles,
-    add_tail,
-    finish,
+    complete,
     layer_constants,
+    multiply,
     product_arguments,
-    rows_of,
     run,
     sums_of,
     tiles_of,
@@ -126,21 +124,11 @@ def matmul_kernel(
             if factor_of(i, NBITS, BF16) != 1:
                 s = s * (1 / factor_of(i, NBITS, BF16))
             acc = tl.math.fma(product, s[:, None], acc)
-
-    acc = add_middles(
-        acc, scale, offset, maps, sums, entry, m, columns, first * PER, last * PER, QMAX, ONE_GROUP, HAS_MAPS
+    complete(
+        acc, x, rows, scale, offset, maps, sums, bias, y, partial, counters,
+        row, n, m, M, N, K, padded, groups, blocks, columns, stride_x, first, last,
+        QMAX, NBITS, PLANE, GROUP, ONE_GROUP, HAS_MAPS, HAS_BIAS, TAIL, SPLIT, BM, BN,
     )  # fmt: skip
-    if TAIL:
-        if tl.program_id(1) == SPLIT - 1:
-            acc = add_tail(
-                acc, x, rows, scale, offset, maps, entry, m, inside, blocks * PER * PLANE, padded, K, stride_x,
-                QMAX, NBITS, PLANE, GROUP, HAS_MAPS,
-            )  # fmt: skip
-    added = acc
-    if HAS_BIAS:
-        added = tl.load(bias + row).to(tl.float32)[:, None]
-    cells = y + m.to(tl.int64)[None, :] * N + n[:, None]
-    finish(acc, cells, inside & (n < N)[:, None], added, partial, counters, HAS_BIAS, SPLIT, BN, BM)
 
 
 def launches(
@@ -172,8 +160,4 @@ def launches(
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None, processors: int, **cut: Any) -> Tensor:
     """`x` [M, in_features] times the transposed weight, plus `bias`: [M, out_features]; arguments as in `launches`."""
-    y = x.new_empty((x.shape[0], packed.shape[0]))
-    if y.numel():
-        for launch in launches(rows_of(x), packed, bias, y, processors, **cut):
-            launch.run()
-    return y
+    return multiply(launches, x, packed, bias, processors, **cut)

@@ -11,6 +11,7 @@ The first sum is what each kernel is about (`matmul.py`, `gemm.py`); the second 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +134,34 @@ def finish(
         if HAS_BIAS:
             acc += bias
         tl.store(cells, round_to(acc, cells.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def complete(
+    acc, x, rows, scale, offset, maps, sums, bias, y, partial, counters,
+    row, n, m, M, N, K, padded, groups, blocks, columns, stride_x, first, last,
+    QMAX: tl.constexpr, NBITS: tl.constexpr, PLANE: tl.constexpr, GROUP: tl.constexpr, ONE_GROUP: tl.constexpr,
+    HAS_MAPS: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """What follows the products of blocks `first` ... `last` - 1 in acc [BN, BM]: middles, tail, bias, the store."""
+    PER: tl.constexpr = 8 // NBITS
+    entry = row * groups
+    inside = (m < M)[None, :]
+    acc = add_middles(
+        acc, scale, offset, maps, sums, entry, m, columns, first * PER, last * PER, QMAX, ONE_GROUP, HAS_MAPS
+    )  # fmt: skip
+    if TAIL:
+        if tl.program_id(1) == SPLIT - 1:
+            acc = add_tail(
+                acc, x, rows, scale, offset, maps, entry, m, inside, blocks * PER * PLANE, padded, K, stride_x,
+                QMAX, NBITS, PLANE, GROUP, HAS_MAPS,
+            )  # fmt: skip
+    added = acc
+    if HAS_BIAS:
+        added = tl.load(bias + row).to(tl.float32)[:, None]
+    cells = y + m.to(tl.int64)[None, :] * N + n[:, None]
+    finish(acc, cells, inside & (n < N)[:, None], added, partial, counters, HAS_BIAS, SPLIT, BN, BM)
 
 
 class Cut(NamedTuple):
@@ -287,6 +316,16 @@ def product_arguments(
     return [*tensors, *sizes, x.stride(0), packed.W_q.stride(0)]
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x [M, in_features] with its rows consecutive in memory."""
-    return x if x.stride(1) == 1 else x.contiguous()
+def multiply(
+    launches: Callable[..., list[Launch]], x: Tensor, packed: Packed, bias: Tensor | None, processors: int, **cut: Any
+) -> Tensor:
+    """`x` [M, in_features] times the transposed weight, plus `bias`, by the `launches` of a module: [M, out_features].
+
+    `cut` and `shares` may be given as to `launches`.
+    """
+    y = x.new_empty((x.shape[0], packed.shape[0]))
+    if y.numel():
+        x = x if x.stride(1) == 1 else x.contiguous()
+        for launch in launches(x, packed, bias, y, processors, **cut):
+            launch.run()
+    return y

@@ -32,7 +32,7 @@ from hqqplus.kernels.triton.product import (
     finish,
     layer_constants,
     maps_of,
-    rows_of,
+    multiply,
     run,
     tiles_of,
     whole_blocks,
@@ -149,9 +149,5 @@ def launches(
 
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None, processors: int, **cut: Any) -> Tensor:
-    """`x` [M, in_features] times the transposed weight, plus `bias`: [M, out_features]; as `matmul.matmul`."""
-    y = x.new_empty((x.shape[0], packed.shape[0]))
-    if y.numel():
-        for launch in launches(rows_of(x), packed, bias, y, processors, **cut):
-            launch.run()
-    return y
+    """`x` [M, in_features] times the transposed weight, plus `bias`: [M, out_features]; arguments as in `launches`."""
+    return multiply(launches, x, packed, bias, processors, **cut)
