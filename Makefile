@@ -14,8 +14,9 @@ demo: .venv/installed
 	$(DEMO_ENV) $(BIN)/python -m hqqplus.train recipes/embedded_2bit.yaml output_dir=runs/demo \
 		quantization.save_to=runs/demo/base
 
+# A process for each core, each of them with one thread: threads that share a core wait for one another.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 8 --dist loadfile
 
 # What trains, kills and restarts.
 test-slow: .venv/installed

@@ -7,13 +7,17 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+# `kernels.py` beside this file is not the package of that name, which transformers would take it for.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
