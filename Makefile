@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# A process for each core, each of them with one thread: threads that share a core wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 # The demo keeps off the network and off the accounts: everything it needs is in the package.
 DEMO_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
@@ -14,13 +16,12 @@ demo: .venv/installed
 	$(DEMO_ENV) $(BIN)/python -m hqqplus.train recipes/embedded_2bit.yaml output_dir=runs/demo \
 		quantization.save_to=runs/demo/base
 
-# A process for each core, each of them with one thread: threads that share a core wait for one another.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST) -m "not slow and not gpu"
 
 # What trains, kills and restarts.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
