@@ -281,9 +281,10 @@ def attempt(kernel: str, run: Callable[[], Tensor], instead: Callable[[], Tensor
         if not _cannot_run(error):
             raise
         _broken.add((kernel, x.device))
+        said = str(_root(error)).strip().splitlines() or [""]
         warnings.warn(
             f"{x.device}: the kernel {kernel!r} cannot run here, the slow torch reference does instead: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            f"{type(error).__name__}: {said[0]}",
             stacklevel=2,
         )
         return instead()
@@ -297,3 +298,10 @@ def _cannot_run(error: Exception) -> bool:
     if isinstance(error, CompilationError | OutOfResources | PTXASError | subprocess.CalledProcessError | OSError):
         return True
     return isinstance(error, RuntimeError) and "C compiler" in str(error)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error came from first: Triton's own say only where they are."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
