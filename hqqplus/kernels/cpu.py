@@ -30,7 +30,6 @@ from hqqplus.kernels.packed import Packed, shaped
 from hqqplus.quantization.metadata import decode
 from hqqplus.quantization.packing import unpack
 from hqqplus.quantization.spec import BLOCK
-from hqqplus.quantization.threads import in_threads
 
 _DIGIT = 128
 _SHARED = 8  # groups of one product: 16 or 24 columns, one or two registers of int32 sums
@@ -72,15 +71,10 @@ def matmul_dx(dy: Tensor, packed: Packed) -> Tensor:
 @torch.no_grad()
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     layout = packed.layout
-
-    def filled(rows: tuple[int, int]) -> Tensor:
-        part = torch.empty(rows[1] - rows[0], layout.padded, dtype=dtype)
-        _fill(part, packed, *rows)
-        return part
-
-    stored = torch.cat(in_threads(filled, _row_slices(packed, _FLOAT_CODES)))
-    if layout.width < layout.padded:
-        stored = stored[:, : layout.width]
+    stored = torch.empty(layout.rows, layout.padded, dtype=dtype)
+    for start, stop in _row_slices(packed, _FLOAT_CODES):
+        _fill(stored[start:stop], packed, start, stop)
+    stored = stored[:, : layout.width]
     return (stored if packed.spec.axis == 1 else stored.t()).contiguous()
 
 
@@ -95,11 +89,9 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _row_slices(packed: Packed, codes: int) -> list[tuple[int, int]]:
-    """Slices of at most about `codes` weights, one for each thread or more. Their starts are multiples of BLOCK, where
-    a block of 8-bit metadata starts."""
+    """Slices of about `codes` weights; their starts are multiples of BLOCK, where a block of 8-bit metadata starts."""
     layout = packed.layout
-    most = min(codes // layout.padded, -(-layout.rows // torch.get_num_threads()))
-    step = max(-(-most // BLOCK), 1) * BLOCK
+    step = max(codes // layout.padded // BLOCK, 1) * BLOCK
     return [(start, min(start + step, layout.rows)) for start in range(0, layout.rows, step)]
 
 
@@ -135,16 +127,14 @@ def _exact(packed: Packed) -> bool:
 def _times_turned(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [M, width] times the transpose of the stored matrix, plus `bias` [rows]: [M, rows], by rows."""
     layout, dtype = packed.layout, _product_dtype(x.dtype)
-    factor = x.to(dtype)
-
-    def times(rows: tuple[int, int]) -> Tensor:
-        start, stop = rows
-        weight = torch.empty(stop - start, layout.padded, dtype=dtype)
+    y, factor = x.new_empty(x.shape[0], layout.rows), x.to(dtype)
+    slices = _row_slices(packed, _FLOAT_CODES)
+    scratch = torch.empty(slices[0][1], layout.padded, dtype=dtype)
+    for start, stop in slices:
+        weight = scratch[: stop - start]
         _fill(weight, packed, start, stop)
-        added = None if bias is None else bias[start:stop]
-        return _product(x.dtype, factor, weight[:, : layout.width].t(), added)
-
-    return torch.cat(in_threads(times, _row_slices(packed, _FLOAT_CODES)), 1)
+        _product(y[:, start:stop], factor, weight[:, : layout.width].t(), None if bias is None else bias[start:stop])
+    return y
 
 
 def _times_stored(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -153,26 +143,28 @@ def _times_stored(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     By columns, so that no sum is rounded twice.
     """
     layout, dtype = packed.layout, _product_dtype(x.dtype)
-    factor = x.to(dtype)
+    y, factor = x.new_empty(x.shape[0], layout.width), x.to(dtype)
     metadata = _metadata(packed, 0, layout.rows)
     unit = _unit(packed)
-    most = min(_FLOAT_CODES // layout.rows, -(-layout.padded // torch.get_num_threads()))
-    step = max(-(-most // unit), 1) * unit
-
-    def times(start: int) -> Tensor:
+    step = max(_FLOAT_CODES // layout.rows // unit, 1) * unit
+    scratch = torch.empty(layout.rows * min(step, layout.padded), dtype=dtype)
+    for start in range(0, layout.width, step):
         stop = min(start + step, layout.padded)
-        weight = torch.empty(layout.rows, stop - start, dtype=dtype)
+        weight = scratch[: layout.rows * (stop - start)].view(layout.rows, stop - start)
         _fill_columns(weight, packed, packed.W_q, *metadata, start)
         end = min(stop, layout.width)
-        return _product(x.dtype, factor, weight[:, : end - start], None if bias is None else bias[start:end])
+        _product(y[:, start:end], factor, weight[:, : end - start], None if bias is None else bias[start:end])
+    return y
 
-    return torch.cat(in_threads(times, range(0, layout.width, step)), 1)
 
-
-def _product(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, k] times weight [k, n], plus `bias` [n]: [M, n] in `dtype`, which may be another than theirs."""
-    y = x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
-    return y.to(dtype)
+def _product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """x [M, k] times weight [k, n], plus `bias` [n], into `y` [M, n], which may be of another dtype."""
+    if y.dtype != x.dtype:
+        y.copy_(x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight))
+    elif bias is None:
+        torch.mm(x, weight, out=y)
+    else:
+        torch.addmm(bias, x, weight, out=y)
 
 
 def _unit(packed: Packed) -> int:
@@ -277,21 +269,7 @@ def _digits(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _integer(x: Tensor, packed: Packed) -> Tensor:
-    """x [M, width] times the transpose of the stored matrix: [M, rows] in float32. Each thread has its own rows."""
-    slices = _row_slices(packed, packed.layout.rows * packed.layout.padded)
-    return torch.cat(in_threads(lambda rows: _integer_rows(x, _rows(packed, *rows)), slices), 1)
-
-
-def _rows(packed: Packed, start: int, stop: int) -> Packed:
-    """Rows `start` (a multiple of BLOCK) to `stop` of a matrix with axis 1, as one of its own."""
-    blocks, groups = packed.blocks, packed.layout.groups
-    if blocks is not None:
-        blocks = blocks[start * groups // BLOCK : -(-stop * groups // BLOCK)]
-    W_q, scale, offset = (tensor[start:stop] for tensor in (packed.W_q, packed.scale, packed.offset))
-    return Packed(W_q, scale, offset, blocks, packed.spec, (stop - start, packed.shape[1]))
-
-
-def _integer_rows(x: Tensor, packed: Packed) -> Tensor:
+    """x [M, width] times the transpose of the stored matrix: [M, rows] in float32."""
     layout, spec = packed.layout, packed.spec
     whole = layout.padded // _unit(packed) * _unit(packed)
     tokens, planes = x.shape[0], whole // layout.plane

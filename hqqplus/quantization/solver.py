@@ -14,7 +14,8 @@ The offset o = -s z is what is stored, not the zero z: a constant group is then 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,6 @@ from hqqplus.quantization.grids import QUICK, THOROUGH, best_grid
 from hqqplus.quantization.metadata import metadata_dtype, too_large
 from hqqplus.quantization.robust import robust_fit
 from hqqplus.quantization.spec import QuantSpec, SolverOptions
-from hqqplus.quantization.threads import in_threads
 
 # Elements solved at once: small enough that a chunk and its temporaries stay in a CPU's cache.
 _CHUNK_CPU, _CHUNK_GPU = 2**17, 2**24
@@ -108,10 +108,27 @@ def _solve_part(
             weights = importance[torch.arange(start, start + len(piece), device=matrix.device) % blocks]
         return _solve_chunk(piece, weights, spec, options)
 
-    starts = range(0, len(groups), chunk)
-    pieces = in_threads(solve_from, starts) if matrix.device.type == "cpu" else [solve_from(start) for start in starts]
+    pieces = _in_threads(solve_from, range(0, len(groups), chunk), matrix.device.type)
     codes, scale, offset = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
     return codes.view(rows, -1), scale.view(rows, -1), offset.view(rows, -1)
+
+
+def _in_threads(work: Callable[[int], _Stored], starts: Sequence[int], device: str) -> list[_Stored]:
+    """`work` done for each of `starts`, on a CPU by as many threads as torch would use.
+
+    A chunk is thousands of small operations. Threads that share each of them spend their time waiting for one another;
+    threads with a chunk each do not. What comes out is the same.
+    """
+    own = torch.get_num_threads()
+    threads = min(own, len(starts))
+    if device != "cpu" or threads < 2:
+        return [work(start) for start in starts]
+    try:
+        # What a new thread sets for itself is also what threads after it begin with: it is set back below.
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+            return list(pool.map(work, starts))
+    finally:
+        torch.set_num_threads(own)
 
 
 def _solve_chunk(
