@@ -190,3 +190,16 @@ def test_set_packed_refuses_another_shape() -> None:
     for other in (quantize(torch.randn(48, 64), SPEC), quantize(torch.randn(48, 172), EIGHT)):
         with pytest.raises(ValueError, match="does not fit"):
             packed.set_packed(other)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_layer_of_any_size_returns_may_be_added_to_in_place(grad: bool) -> None:
+    # Half a million weights: beyond the reference's reach on a CPU.
+    layer = PackedLinear.from_linear(nn.Linear(1024, 512), QuantSpec(1, 64))
+    added = torch.zeros(512, requires_grad=True)
+    for shape in ((1, 1024), (2, 3, 1024)):
+        y = layer(torch.randn(shape, requires_grad=grad))
+        y += added
+        y.sum().backward()
+    assert added.grad is not None
+    assert torch.equal(added.grad, torch.full((512,), 7.0))
