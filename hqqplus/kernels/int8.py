@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from hqqplus.kernels import routes
-from hqqplus.kernels.packed import Packed
+from hqqplus.kernels.ops import empty_product
+from hqqplus.kernels.packed import Packed, shaped
 from hqqplus.quantization.metadata import decode
 from hqqplus.quantization.packing import unpack
 from hqqplus.quantization.spec import QuantSpec
@@ -59,9 +60,6 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """The product as defined above in torch, on any device: x [..., in], any strides -> [..., out], dtype of `x`."""
     layout, (out_features, in_features) = packed.layout, packed.shape
     rows = x.reshape(-1, in_features)
-    result = x.new_empty(
-        *x.shape[:-1], out_features
-    )  # and no view of something: those made without gradients are sealed
     # The product must not become one of 16-bit floats: their sums are not exact.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         xi, step = round_activations(rows)
@@ -71,8 +69,7 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         y = _scaled_sums(xi, packed, scale).addmm_(sums, offset.t()).mul_(step[:, None])
         if bias is not None:
             y += bias
-        result.view(-1, out_features).copy_(y)
-    return result
+        return shaped(y.to(x.dtype), (*x.shape[:-1], out_features))
 
 
 def _scaled_sums(xi: Tensor, packed: Packed, scale: Tensor) -> Tensor:
@@ -166,10 +163,7 @@ def matmul_int8(
     return matmul(x, packed, bias)
 
 
-@matmul_int8.register_fake
-def _(x: Tensor, W_q: Tensor, *arguments: Any) -> Tensor:
-    out_features = arguments[6]
-    return x.new_empty((*x.shape[:-1], out_features))
+matmul_int8.register_fake(empty_product)
 
 
 def _refuse_gradient(*_: Any, **__: Any) -> None:

@@ -67,7 +67,8 @@ def matmul(
 
 
 @matmul.register_fake
-def _(x: Tensor, W_q: Tensor, *arguments: Any) -> Tensor:
+def empty_product(x: Tensor, W_q: Tensor, *arguments: Any) -> Tensor:
+    """What `matmul` (and `matmul_int8`) would return, uninitialised."""
     out_features = arguments[6]
     return x.new_empty((*x.shape[:-1], out_features))
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hqqplus.kernels.packed import Packed
 from hqqplus.kernels.triton.codes import centred_plane, dot
-from hqqplus.kernels.triton.metadata import _half, load_scale, load_words
+from hqqplus.kernels.triton.metadata import byte, decoded, half, load_scale, load_step
 from hqqplus.kernels.triton.product import (
     Cut,
     Launch,
@@ -90,13 +90,9 @@ def gemm_kernel(
             # Several scales to a load, which can then be an asynchronous copy.
             word = tl.load((scale + entry + t // WIDE * WIDE).to(tl.pointer_type(tl.int32), bitcast=True))
             if HAS_MAPS:
-                step = load_words(maps, (entry + t) // 128 * 4, None, 2, 2)
-                code = ((word >> (t % WIDE * 8)) & 255).to(tl.float32)
-                s = code - _half(step[0], 1, maps.dtype.element_ty)
-                s = s * (_half(step[0], 0, maps.dtype.element_ty) * (1 / 256))
+                s = decoded(byte(word, t % WIDE), load_step(maps, entry + t), 0, maps.dtype.element_ty)
             else:
-                half = (word >> (t % WIDE * 16)).to(tl.int16)
-                s = half.to(scale.dtype.element_ty, bitcast=True).to(tl.float32)
+                s = half(word, t % WIDE, scale.dtype.element_ty)
         numbers = centred_plane(w, t - b * PER, NBITS, BF16)
         if NBITS == 8 and BF16:
             start = tl.load(starts + t * columns + m)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hqqplus.kernels.packed import Packed
 from hqqplus.kernels.triton.codes import dot, factor_of, ordered, plane, shifted
-from hqqplus.kernels.triton.metadata import _byte, _half, load_scale, load_words
+from hqqplus.kernels.triton.metadata import byte, decoded, half, load_scale, load_step, load_words
 from hqqplus.kernels.triton.product import (
     Cut,
     Launch,
@@ -104,7 +104,7 @@ def matmul_kernel(
                 # Entries of one word are in one block of metadata: 256 step and zero of its scales.
                 steps = ()
                 for i in tl.static_range(PER // RUN):
-                    steps += load_words(maps, ((entry + b * PER + i * RUN) // 128) * 4, None, 2, 2)
+                    steps += (load_step(maps, entry + b * PER + i * RUN),)  # type: ignore[assignment]
         for i in tl.static_range(PER):
             k = (b * PER + i) * PLANE
             mask = inside if EVEN_K else inside & (k + j < K)[:, None]
@@ -116,11 +116,9 @@ def matmul_kernel(
                 s = whole_scale
             else:
                 if HAS_MAPS:
-                    code = _byte(words[i // RUN], i % RUN)
-                    zero = _half(steps[i // RUN], 1, maps.dtype.element_ty)
-                    s = (code - zero) * (_half(steps[i // RUN], 0, maps.dtype.element_ty) * (1 / 256))
+                    s = decoded(byte(words[i // RUN], i % RUN), steps[i // RUN], 0, maps.dtype.element_ty)
                 else:
-                    s = _half(words[i // RUN], i % RUN, scale.dtype.element_ty)
+                    s = half(words[i // RUN], i % RUN, scale.dtype.element_ty)
             if factor_of(i, NBITS, BF16) != 1:
                 s = s * (1 / factor_of(i, NBITS, BF16))
             acc = tl.math.fma(product, s[:, None], acc)

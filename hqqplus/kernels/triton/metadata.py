@@ -103,6 +103,18 @@ def load_maps(maps_ptr, entry, mask, COUNT: tl.constexpr, RUN: tl.constexpr, HAS
 
 
 @triton.jit
+def load_step(maps_ptr, entry):
+    """256 step and zero of the scales of `entry` in 32 bits: the first half of what `load_maps` loads."""
+    return tl.load((maps_ptr + entry // _BLOCK * 4).to(tl.pointer_type(tl.int32), bitcast=True))
+
+
+@triton.jit
+def decoded(code, word, FIRST: tl.constexpr, dtype: tl.constexpr):
+    """The values of codes (float32) by the map (256 step, zero) that begins at place FIRST of a word of maps."""
+    return (code - half(word, FIRST + 1, dtype)) * (half(word, FIRST, dtype) * _ONE_STEP)
+
+
+@triton.jit
 def from_words(
     scales, offsets, maps, scale_ptr, maps_ptr,
     INDEX: tl.constexpr, RUN: tl.constexpr, QMAX: tl.constexpr, HAS_BLOCKS: tl.constexpr,
@@ -113,22 +125,22 @@ def from_words(
     if HAS_BLOCKS:
         word = maps[INDEX // RUN]
         dtype: tl.constexpr = maps_ptr.dtype.element_ty
-        scale = (_byte(scale, SHIFT) - _half(word, 1, dtype)) * (_half(word, 0, dtype) * _ONE_STEP)
-        middle = (_byte(offset, SHIFT) - _half(word, 3, dtype)) * (_half(word, 2, dtype) * _ONE_STEP)
+        scale = decoded(byte(scale, SHIFT), word, 0, dtype)
+        middle = decoded(byte(offset, SHIFT), word, 2, dtype)
         offset = middle - scale * (QMAX / 2)
     else:
         dtype: tl.constexpr = scale_ptr.dtype.element_ty
-        scale, offset = _half(scale, SHIFT, dtype), _half(offset, SHIFT, dtype)
+        scale, offset = half(scale, SHIFT, dtype), half(offset, SHIFT, dtype)
     return scale, offset
 
 
 @triton.jit
-def _half(word, INDEX: tl.constexpr, dtype: tl.constexpr):
-    """The 16-bit float at place INDEX of a word, in float32."""
-    return (word >> (16 * INDEX)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+def half(word, index, dtype: tl.constexpr):
+    """The 16-bit float at place `index` of a word, in float32."""
+    return (word >> (16 * index)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _byte(word, INDEX: tl.constexpr):
-    """The byte at place INDEX of a word, in float32."""
-    return ((word >> (8 * INDEX)).to(tl.int32) & 255).to(tl.float32)
+def byte(word, index):
+    """The byte at place `index` of a word, in float32."""
+    return ((word >> (8 * index)).to(tl.int32) & 255).to(tl.float32)

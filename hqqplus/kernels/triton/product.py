@@ -193,19 +193,22 @@ def split(tiles: int, steps: int, programs: int) -> int:
     return 1 << (max(1, min(wanted, most, 16)).bit_length() - 1)
 
 
-def supports(packed: Packed, dtype: torch.dtype) -> bool:
-    """Whether there are products on the codes of such a layer: axis 1, 1, 2, 4 or 8 bits, planes of 16 codes or more
-    that are a power of two, at least one whole block in a row, and x in a 16-bit type."""
+def planar(packed: Packed) -> bool:
+    """Whether a layer has planes that kernels take as tiles: axis 1, 1, 2, 4 or 8 bits, a power of two of codes."""
     layout = packed.layout
     return (
         packed.spec.axis == 1
         and packed.spec.nbits != 3
-        and dtype in DTYPES
-        and layout.plane >= NARROWEST_PLANE
         and layout.plane & (layout.plane - 1) == 0
-        and layout.padded >= layout.plane * 8 // packed.spec.nbits
         and layout.groups * layout.rows < 2**31
     )
+
+
+def supports(packed: Packed, dtype: torch.dtype) -> bool:
+    """Whether there are products on the codes of a layer: planes of 16 codes or more, at least one whole block in a
+    row, and x in a 16-bit type."""
+    wide = packed.layout.plane >= NARROWEST_PLANE and whole_blocks(packed) > 0
+    return planar(packed) and wide and dtype in DTYPES
 
 
 def run(packed: Packed, most: int) -> int:

@@ -33,6 +33,7 @@ from hqqplus.kernels.triton.product import (
     layer_constants,
     maps_of,
     multiply,
+    planar,
     run,
     tiles_of,
     whole_blocks,
@@ -51,15 +52,8 @@ def shipped(rows: int, plane: int) -> Cut:
 
 
 def supports(packed: Packed, dtype: torch.dtype) -> bool:
-    """Whether the layer is of axis 1 and 1, 2, 4 or 8 bits, with planes that are a power of two."""
-    layout = packed.layout
-    return (
-        packed.spec.axis == 1
-        and packed.spec.nbits != 3
-        and dtype in DTYPES
-        and layout.plane & (layout.plane - 1) == 0
-        and layout.groups * layout.rows < 2**31
-    )
+    """Whether the layer has planes that are tiles (`product.planar`)."""
+    return dtype in DTYPES and planar(packed)
 
 
 @triton.jit
