@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +73,8 @@ def quantize(
     embeddings: Annotated[int | None, typer.Option(help="bits of embedding and head: 8 or 4")] = None,
     edge_blocks: Annotated[int | None, typer.Option(help="bits at least for the first and the last block")] = None,
     down_proj: Annotated[int | None, typer.Option(help="bits at least for the MLPs' down projections")] = None,
-    gain: Annotated[float, typer.Option(help="exponent of the row gain, 0 to 1")] = 0.0,
+    gain: Annotated[str, typer.Option(help="exponent of the row gain, 0 to 1; auto: chosen on some text")] = "0",
+    calibration_text: Annotated[str | None, typer.Option(help="with --gain auto: file or hub name, as TEXTS")] = None,
     lp_norm: Annotated[float, typer.Option(help="2: least squares; below 1: a robust norm")] = 2.0,
     thorough: Annotated[bool, typer.Option("--thorough", help="search several times as long")] = False,
     revision: Revision = None,
@@ -91,6 +94,7 @@ def quantize(
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"{out}: exists already and is not empty: name another folder")
     changes = dict(_override(text) for text in override or [])
+    text = _calibration_text(model, gain, calibration_text)
     try:
         config = HqqPlusConfig(
             nbits,
@@ -99,7 +103,7 @@ def quantize(
             metadata_bits=metadata_bits,
             overrides=changes,
             modules_to_not_convert=skip or None,
-            solver={"lp_norm": lp_norm, "gain": gain, "thorough": thorough},
+            solver={"lp_norm": lp_norm, "gain": 0.0 if text else _number(gain, "--gain"), "thorough": thorough},
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"quantize: {error}") from None
@@ -114,6 +118,12 @@ def quantize(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    chosen: Any = None
+    if text is not None:
+        chosen = _choose_gain(model, plan, text, revision=revision, device=device, trust_remote_code=trust_remote_code)
+        plan = chosen.apply(plan)
+        if not (quiet or as_json):
+            typer.echo(f"gain {chosen.gamma:g}: KL {', '.join(f'{kl:.4f} at {g:g}' for g, kl in chosen.kl.items())}")
     config = HqqPlusConfig.from_plan(plan)
     made = quantize_checkpoint(
         model,
@@ -127,7 +137,8 @@ def quantize(
         quiet=quiet or as_json,
     )
     if as_json:
-        typer.echo(json.dumps(made.to_json(), indent=2))
+        gained = {} if chosen is None else {"gain": chosen.gamma, "gain_kl": _finite(chosen.kl)}
+        typer.echo(json.dumps({**made.to_json(), **gained}, indent=2))
         return
     if not quiet:
         print_layers(made.layers)
@@ -137,8 +148,17 @@ def quantize(
 @app.command()
 def evaluate(
     model: Model,
-    texts: Annotated[str, typer.Argument(metavar="TEXTS", help="jsonl, json, csv, parquet or txt file, or hub name")],
+    texts: Annotated[
+        str | None, typer.Argument(metavar="TEXTS", help="jsonl, json, csv, parquet or txt file, or hub name")
+    ] = None,
     adapter: Adapter = None,
+    against: Annotated[str | None, typer.Option(help="its parent: also the KL to it and the agreement")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="of lm-eval, e.g. hellaswag,arc_easy; with TEXTS or without")
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="so many examples of a task; below 1: that share")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="examples in a task's prompt")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="folder with task files of your own")] = None,
     split: Annotated[str, typer.Option(help="split of a hub data set or folder")] = "train",
     text_field: Annotated[str, typer.Option(help="column that holds the text")] = "text",
     max_length: Annotated[int, typer.Option(help="tokens to a window", min=2)] = 1024,
@@ -149,18 +169,69 @@ def evaluate(
     device: Device = None,
     trust_remote_code: Trust = False,
     compute: Compute = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="everything in JSON on stdout, and nothing else")] = False,
 ) -> None:
-    """Perplexity of a model, with or without an adapter, on a text."""
-    from hqqplus.data import RowForm, load_rows
-    from hqqplus.evaluation.perplexity import make_windows, perplexity
+    """Perplexity on a text, distance to the parent, task scores: of a model, with or without an adapter."""
+    if texts is None and tasks is None:
+        raise UserError("evaluate: give TEXTS to measure on, --tasks, or both")
+    if texts is None and against is not None:
+        raise UserError("--against: it needs TEXTS to compare the two models on")
+    if tasks is None and (limit, num_fewshot, include_path) != (None, None, None):
+        raise UserError("--limit, --num-fewshot and --include-path go with --tasks")
+    options: dict[str, Any] = {"dtype": _dtype(dtype), "device": device, "trust_remote_code": trust_remote_code}
+    if texts is not None:
+        from hqqplus.data import RowForm, load_rows
+        from hqqplus.evaluation.perplexity import make_windows, perplexity
 
-    rows = load_rows(texts, split, where="TEXTS")
-    form = RowForm(text_field=text_field)
-    form.check(rows, "TEXTS")
-    loaded, tokenizer = _load(model, adapter, revision, _dtype(dtype), device, trust_remote_code, compute)
-    windows = make_windows(form.documents(rows, tokenizer), tokenizer, max_length, max_tokens, texts)
-    result = perplexity(loaded, windows, batch_size)
-    typer.echo(f"perplexity {result.perplexity:.4f} ({result.tokens:,} tokens, windows of {max_length})")
+        rows = load_rows(texts, split, where="TEXTS")
+        form = RowForm(text_field=text_field)
+        form.check(rows, "TEXTS")
+    loaded, tokenizer = _load(model, adapter, revision, compute=compute, **options)
+    found: dict[str, Any] = {}
+    if texts is not None:
+        windows = make_windows(form.documents(rows, tokenizer), tokenizer, max_length, max_tokens, texts)
+        if against is None:
+            found |= {"perplexity": perplexity(loaded, windows, batch_size).perplexity}
+        else:
+            from hqqplus.evaluation.divergence import divergence
+            from hqqplus.models import load
+
+            apart = divergence(load(against, **options), loaded, windows, batch_size)
+            found |= {"perplexity": apart.model.perplexity, "parent_perplexity": apart.parent.perplexity}
+            found |= {"kl": apart.kl, "agreement": apart.agreement}
+        found |= {"tokens": windows.tokens, "max_length": max_length}
+        if not as_json:
+            typer.echo(f"perplexity {found['perplexity']:.4f} ({windows.tokens:,} tokens, windows of {max_length})")
+        if against is not None and not as_json:
+            typer.echo(
+                f"KL to the parent {found['kl']:.4f} nats a token, agreement {100 * found['agreement']:.2f} %, "
+                f"the parent's perplexity {found['parent_perplexity']:.4f}"
+            )
+    if tasks is not None:
+        from hqqplus.evaluation.tasks import print_tasks, run_tasks
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        scores = run_tasks(loaded, tokenizer, names, limit, num_fewshot, include_path, batch_size)
+        found |= scores
+        if not as_json:
+            print_tasks(scores)
+    if as_json:
+        typer.echo(json.dumps(_finite(found), indent=2))
+
+
+@app.command()
+def table(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders that runs have written")],
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON, completions in full")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="as CSV, completions in full")] = False,
+) -> None:
+    """Runs side by side: model, bits, group, perplexities, a completion; in Markdown."""
+    from hqqplus.evaluation.table import read_run, to_csv, to_json, to_markdown
+
+    if as_json and as_csv:
+        raise UserError("table: --json and --csv exclude each other")
+    rows = [read_run(run) for run in runs]
+    typer.echo((to_json if as_json else to_csv if as_csv else to_markdown)(rows).rstrip("\n"))
 
 
 @app.command()
@@ -178,7 +249,8 @@ def generate(
     """Continue prompts, greedily."""
     from hqqplus.evaluation.samples import complete
 
-    loaded, tokenizer = _load(model, adapter, revision, _dtype(dtype), device, trust_remote_code, compute)
+    options: dict[str, Any] = {"dtype": _dtype(dtype), "device": device, "trust_remote_code": trust_remote_code}
+    loaded, tokenizer = _load(model, adapter, revision, compute=compute, **options)
     for prompt, completion in zip(prompts, complete(loaded, tokenizer, prompts, max_new_tokens), strict=True):
         typer.echo(prompt + completion)
 
@@ -246,6 +318,48 @@ def _named(pattern: str) -> str:
     if not pattern:
         raise ValueError("empty pattern")
     return pattern
+
+
+def _finite(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`values` with None for the infinity and the not-a-number that JSON lacks."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{option}: {text!r} is neither a number nor auto") from None
+
+
+def _calibration_text(model: str, gain: str, text: str | None) -> str | None:
+    """The text to choose the gain on; None where a gain is given."""
+    from hqqplus.embedded import DATA_NAME, MODEL_NAME
+
+    if gain != "auto":
+        if text is not None:
+            raise UserError("--calibration-text: it goes with --gain auto")
+        return None
+    text = text or (DATA_NAME if model == MODEL_NAME else None)
+    if text is None:
+        raise UserError("--gain auto: it needs --calibration-text, some text to compare the predictions on")
+    return text
+
+
+def _choose_gain(model: str, plan: Any, text: str, **options: Any) -> Any:
+    from hqqplus.calibration.gain import choose_gain, sample_windows
+    from hqqplus.data import RowForm, load_rows
+    from hqqplus.models import load_tokenizer
+
+    where = "--calibration-text"
+    rows = load_rows(text, where=where)
+    RowForm(text_field="text").check(rows, where)
+    known = {name: options[name] for name in ("revision", "trust_remote_code")}
+    return choose_gain(
+        model, plan, sample_windows(rows, load_tokenizer(model, where="model", **known), name=where), **options
+    )
 
 
 def _dtype(name: str) -> str:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -21,211 +20,43 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
-    PlainValidator,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails
 
 from hqqplus.errors import UserError
+from hqqplus.recipe_values import (
+    EMPTY,
+    IN_WORDS,
+    MISSING,
+    REQUIRED,
+    SOLVER_FIELDS,
+    SPEC_FIELDS,
+    TRACKERS,
+    Alpha,
+    FrozenMapping,
+    Gain,
+    Name,
+    NameOrNames,
+    Names,
+    PatternFields,
+    Ranks,
+    Switch,
+    Texts,
+    Trackers,
+    Training,
+    refusal,
+    spec_value,
+)
 from hqqplus.recipe_yaml import Key, Problem, did_you_mean, dotted, not_one_of, read, shown, unknown, wrong_type
 
 if TYPE_CHECKING:
     from hqqplus.quantization.spec import QuantPlan
 
-__all__ = ["Recipe", "differences", "identity", "load_recipe", "recipe_digest", "to_dict"]
+__all__ = ["TRACKERS", "Recipe", "differences", "identity", "load_recipe", "recipe_digest", "to_dict"]
 
-TRACKERS = (
-    "none", "wandb", "tensorboard", "trackio", "mlflow", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub",
-    "dvclive", "flyte", "kubeflow", "neptune", "swanlab",
-)  # fmt: skip
-"""What transformers can report to."""
-
-SPEC_FIELDS = ("nbits", "group_size", "axis", "metadata_dtype", "metadata_bits")
-SOLVER_FIELDS = ("lp_norm", "threshold", "gain", "thorough")
-REQUIRED = "missing, and it is required"
-EMPTY = "empty; a name is needed"
 FORMS = "exactly one of text_field, prompt + completion, and messages"
-
-# The types of the errors that already carry their final words.
-_IN_WORDS, _MISSING = "recipe", "recipe_missing"
-
-
-class FrozenMapping(Mapping[str, Any]):
-    """A mapping that nobody can change, in the order in which it was written."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
-        self._values = dict(values or {})
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return repr(self._values)
-
-
-# Values --------------------------------------------------------------------------------------------------------------
-
-
-def _refusal(problems: Iterable[tuple[Key, str]], value: Any) -> ValidationError:
-    """Problems of one value, each with its place inside it, in the form that pydantic hands on."""
-    lines = [
-        InitErrorDetails(
-            type=PydanticCustomError(_MISSING if what == REQUIRED else _IN_WORDS, "{what}", {"what": what}),
-            loc=key,
-            input=value,
-        )
-        for key, what in problems
-    ]
-    return ValidationError.from_exception_data("recipe", lines)
-
-
-def _checked(problems: Callable[[Any], Iterable[tuple[Key, str]]], make: Callable[[Any], Any]) -> PlainValidator:
-    """A validator that refuses a value with all `problems` that it has, and otherwise makes it into the field's."""
-
-    def validate(value: Any) -> Any:
-        found = list(problems(value))
-        if found:
-            raise _refusal(found, value)
-        return make(value)
-
-    return PlainValidator(validate)
-
-
-def _spec_problem(name: str, value: Any) -> str | None:
-    """Why `value` cannot be field `name` of a QuantSpec, or of SolverOptions."""
-    needed: tuple[str, Any] = ("an integer", int)
-    if name == "metadata_dtype":
-        needed = ("a string", str)
-    elif name == "thorough":
-        return None if isinstance(value, bool) else wrong_type(value, "true or false")
-    elif name in SOLVER_FIELDS:
-        needed = ("a number", int | float)
-    if not isinstance(value, needed[1]) or isinstance(value, bool):
-        return wrong_type(value, needed[0])
-    # Importing the spec imports torch, so only once there is something to check. It owns the rules.
-    from hqqplus.quantization.spec import METADATA_DTYPES, QuantSpec, SolverOptions
-
-    field: dict[str, Any] = {name: value}
-    try:
-        SolverOptions(**field) if name in SOLVER_FIELDS else QuantSpec(**field)
-    except (ValueError, TypeError) as error:
-        rule = str(error).removeprefix(f"{name} is {value!r}: ")
-        return f"{shown(value)} is not allowed: {rule}{did_you_mean(value, METADATA_DTYPES)}"
-    return None
-
-
-def _spec_value(value: Any, info: ValidationInfo) -> Any:
-    what = _spec_problem(str(info.field_name), value)
-    if what:
-        raise _refusal([((), what)], value)
-    return value
-
-
-def _override_problems(overrides: Any) -> Iterator[tuple[Key, str]]:
-    if not isinstance(overrides, Mapping):
-        yield (), wrong_type(overrides, "a mapping of name patterns to the fields that differ there")
-        return
-    for pattern, changes in overrides.items():
-        if not isinstance(changes, Mapping):
-            yield (pattern,), wrong_type(changes, f"a mapping of {', '.join(SPEC_FIELDS)}")
-            continue
-        for name, value in changes.items():
-            what = _spec_problem(name, value) if name in SPEC_FIELDS else unknown(str(name), SPEC_FIELDS)
-            if what:
-                yield (pattern, name), what
-
-
-def _training_problems(training: Any) -> Iterator[tuple[Key, str]]:
-    if not isinstance(training, Mapping):
-        yield (), wrong_type(training, "a mapping of fields of trl.SFTConfig")
-    elif training:
-        from hqqplus.integrations import sft_fields
-
-        for name, value in training.items():
-            what = sft_fields.problem(name, value)
-            if what:
-                yield (name,), what
-
-
-def _text_problems(texts: Any) -> Iterator[tuple[Key, str]]:
-    if not isinstance(texts, Mapping):
-        yield (), wrong_type(texts, "a mapping of names to files or data sets")
-        return
-    for name, path in texts.items():
-        if not isinstance(path, str):
-            yield (name,), wrong_type(path, "a string, a file or the name of a data set,")
-        elif not path:
-            yield (name,), EMPTY
-
-
-def _names_problems(value: Any) -> Iterator[tuple[Key, str]]:
-    """For one name or a list of names."""
-    needed = "a string" if isinstance(value, (list, tuple)) else "a string or a list of strings"
-    names = list(_numbered(value))
-    if not names:
-        yield (), "empty; at least one name is needed"
-    for place, name in names:
-        if not isinstance(name, str):
-            yield place, wrong_type(name, needed)
-        elif not name:
-            yield place, EMPTY
-
-
-def _tracker_problems(value: Any) -> Iterator[tuple[Key, str]]:
-    names = list(_numbered(value))
-    wrong = list(_names_problems(value))
-    wrong = wrong or [(place, not_one_of(name, TRACKERS)) for place, name in names if name not in TRACKERS]
-    yield from wrong
-    if not wrong and len(names) > 1 and "none" in value:
-        yield (), f"{shown(value)} is contradictory: none stands alone"
-
-
-def _numbered(value: Any) -> Iterator[tuple[Key, Any]]:
-    """Each item of a list with its place, or the one value that stands where a list could."""
-    if isinstance(value, (list, tuple)):
-        yield from (((index,), item) for index, item in enumerate(value))
-    else:
-        yield (), value
-
-
-def _frozen(value: Any) -> Any:
-    """Mappings that cannot be changed, tuples for lists; all the way down."""
-    if isinstance(value, Mapping):
-        return FrozenMapping({name: _frozen(inner) for name, inner in value.items()})
-    if isinstance(value, (list, tuple)):
-        return tuple(_frozen(inner) for inner in value)
-    return value
-
-
-def _alpha_problems(value: Any) -> Iterator[tuple[Key, str]]:
-    # Written out, since a union of int and float would report each wrong value twice.
-    infinite = isinstance(value, float) and not math.isfinite(value)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or infinite:
-        yield (), wrong_type(value, "a number")
-    elif value <= 0:
-        yield (), f"{shown(value)} is out of range: more than 0 is needed"
-
-
-# Null unsets what an extended recipe gives, and a heading with nothing under it is null too.
-_null_is_empty = BeforeValidator(lambda value: {} if value is None else value)
-_to_tuple = BeforeValidator(lambda value: tuple(value or ()) if value is None or isinstance(value, list) else value)
-Name = Annotated[str, Field(min_length=1)]
-Names = Annotated[tuple[Name, ...], _to_tuple]
-NameOrNames = Annotated[str | tuple[str, ...], _checked(_names_problems, _frozen)]
-Texts = Annotated[Mapping[str, str], _checked(_text_problems, FrozenMapping), _null_is_empty]
-Training = Annotated[Mapping[str, Any], _checked(_training_problems, FrozenMapping), _null_is_empty]
-PatternFields = Annotated[Mapping[str, Mapping[str, Any]], _checked(_override_problems, _frozen), _null_is_empty]
-
 
 # Sections ------------------------------------------------------------------------------------------------------------
 
@@ -248,14 +79,14 @@ class Section(BaseModel):
         if values is None:
             values = {}  # A heading with nothing under it.
         if not isinstance(values, Mapping):
-            raise _refusal([((), wrong_type(values, "a mapping"))], values)
+            raise refusal([((), wrong_type(values, "a mapping"))], values)
         problems = list(cls._cross_checks(values))
         try:
             section = handler(dict(values))
         except ValidationError as error:
             problems += [(details["loc"], _in_words(cls, details)) for details in error.errors(include_url=False)]
         if problems:
-            raise _refusal(problems, values)
+            raise refusal(problems, values)
         return section
 
 
@@ -272,39 +103,108 @@ class Model(Section):
 class Quantization(Section):
     """How the backbone is packed; `QuantSpec`, `QuantPlan`, `SolverOptions` say what the fields mean and allow."""
 
-    nbits: Annotated[int, BeforeValidator(_spec_value)] = 2
-    group_size: Annotated[int, BeforeValidator(_spec_value)] = 32
-    axis: Annotated[int, BeforeValidator(_spec_value)] = 1
-    metadata_dtype: Annotated[str, BeforeValidator(_spec_value)] = "float16"
-    metadata_bits: Annotated[int, BeforeValidator(_spec_value)] = 8
+    nbits: Annotated[int, BeforeValidator(spec_value)] = 2
+    group_size: Annotated[int, BeforeValidator(spec_value)] = 32
+    axis: Annotated[int, BeforeValidator(spec_value)] = 1
+    metadata_dtype: Annotated[str, BeforeValidator(spec_value)] = "float16"
+    metadata_bits: Annotated[int, BeforeValidator(spec_value)] = 8
     overrides: PatternFields = FrozenMapping()
     skip: Names = ()
-    lp_norm: Annotated[float, BeforeValidator(_spec_value)] = 2.0
-    threshold: Annotated[float, BeforeValidator(_spec_value)] = 0.5
-    gain: Annotated[float, BeforeValidator(_spec_value)] = 0.0
-    thorough: Annotated[bool, BeforeValidator(_spec_value)] = False
+    lp_norm: Annotated[float, BeforeValidator(spec_value)] = 2.0
+    threshold: Annotated[float, BeforeValidator(spec_value)] = 0.5
+    gain: Gain = 0.0
+    thorough: Annotated[bool, BeforeValidator(spec_value)] = False
     save_to: Name | None = None
 
-    def plan(self) -> QuantPlan:
-        """The plan that the quantizer takes. Imports torch."""
+    def plan(self, gain: float = 0.0) -> QuantPlan:
+        """The plan that the quantizer takes. Imports torch.
+
+        Args:
+            gain: what stands for a gain that is `auto`.
+        """
         from hqqplus.quantization.spec import QuantPlan, QuantSpec, SolverOptions
 
         overrides = {pattern: dict(changes) for pattern, changes in self.overrides.items()}
         spec = QuantSpec(**{name: getattr(self, name) for name in SPEC_FIELDS})
-        solver = SolverOptions(**{name: getattr(self, name) for name in SOLVER_FIELDS})
+        options = {name: getattr(self, name) for name in SOLVER_FIELDS}
+        solver = SolverOptions(**{**options, "gain": gain if self.gain == "auto" else self.gain})
         return QuantPlan(default=spec, overrides=overrides, skip=self.skip, solver=solver)
 
 
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Calibration(Section):
+    """Forward passes over training text before training, a decoder block at a time; `calibration/` says what each
+    method does."""
+
+    method: Literal["none", "importance", "feedback", "block"] = "none"
+    samples: Annotated[int, Field(ge=2)] = 128
+    length: Annotated[int, Field(ge=8)] | None = None
+    epochs: Annotated[int, Field(ge=1)] = 4
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    scale_learning_rate: Rate = 2e-3
+    weight_learning_rate: Weight = 3e-2
+    store: Literal["cpu", "disk"] = "cpu"
+
+
 class Adapter(Section):
-    """The LoRA adapter that is trained over the packed backbone; PEFT's own names."""
+    """The LoRA adapter that is trained over the packed backbone; PEFT's own names.
+
+    `lora_alpha` is 2 r where it is not given. `budget_mb` shares ranks out by layer so that the shipped adapter's LoRA
+    takes that many megabytes (10^6 bytes); `rank_pattern` names them.
+    """
 
     r: Annotated[int, Field(ge=1)] = 16
-    lora_alpha: Annotated[int | float, _checked(_alpha_problems, lambda value: value)] = 16
+    lora_alpha: Alpha = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: NameOrNames = "all-linear"
-    init: Literal["default", "residual"] = "residual"
+    init: Literal["default", "residual", "weighted"] = "residual"
+    rank_pattern: Ranks = FrozenMapping()
+    budget_mb: Rate | None = None
     use_dora: bool = False
     use_rslora: bool = False
+
+    @classmethod
+    def _cross_checks(cls, values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+        if values.get("rank_pattern") and values.get("budget_mb") is not None:
+            yield (
+                ("budget_mb",),
+                "budget_mb and rank_pattern exclude each other: one chooses the ranks, one gives them",
+            )
+
+    @property
+    def alpha(self) -> float:
+        """LoRA's alpha: what is added is alpha / r times B A."""
+        return 2 * self.r if self.lora_alpha is None else self.lora_alpha
+
+
+class Recovery(Section):
+    """What is trained beside LoRA, and against what.
+
+    `scales: bake` trains the scale of every group (and at 1 bit its offset) and ends with a packed model of its own;
+    `gains` trains a gain for every row and column instead, which ship in the adapter. Rates that are not given are
+    those of `training.learning_rate`.
+    """
+
+    loss: Literal["ce", "kd"] = "ce"
+    kl_weight: Rate = 1.0
+    ce_weight: Weight = 0.5
+    hidden_weight: Weight = 0.5
+    teacher: Literal["auto", "online", "8bit", "cache"] = "auto"
+    teacher_cache: Name | None = None
+    top_k: Annotated[int, Field(ge=1)] = 64
+    scales: Literal["frozen", "bake", "gains"] = "frozen"
+    offsets: Switch = "auto"
+    scales_learning_rate: Rate | None = None
+    norms: bool = False
+    biases: bool = False
+
+    @classmethod
+    def _cross_checks(cls, values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+        if values.get("teacher") == "cache" and values.get("hidden_weight", 0.5) != 0:
+            yield ("teacher",), "a teacher's cache holds no hidden states: hidden_weight must be 0"
 
 
 class Data(Section):
@@ -320,7 +220,7 @@ class Data(Section):
     completion: Name | None = None
     messages: Name | None = None
     max_length: Annotated[int, Field(ge=8)] = 1024
-    packing: bool = False
+    packing: Switch = "auto"
     eos: bool = True
 
     @classmethod
@@ -357,7 +257,7 @@ class Evaluation(Section):
 class Tracking(Section):
     """Where the run is reported to."""
 
-    report_to: Annotated[str | tuple[str, ...], _checked(_tracker_problems, _frozen)] = "none"
+    report_to: Trackers = "none"
     project: str | None = None
     run: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None
@@ -368,8 +268,10 @@ class Recipe(Section):
 
     model: Model
     quantization: Quantization = Quantization()
+    calibration: Calibration = Calibration()
     adapter: Adapter = Adapter()
     data: Data
+    recovery: Recovery = Recovery()
     training: Training = FrozenMapping()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
@@ -378,18 +280,45 @@ class Recipe(Section):
 
     @classmethod
     def _cross_checks(cls, values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-        training = values.get("training")
-        if not isinstance(training, Mapping):
-            return
+        training, adapter, quantization, calibration, recovery = (
+            section if isinstance(section := values.get(name), Mapping) else {}
+            for name in ("training", "adapter", "quantization", "calibration", "recovery")
+        )
         if training.get("fp16") is True and training.get("bf16") is True:
             yield ("training", "fp16"), "fp16 and bf16 exclude each other"
+        calibrated = calibration.get("method", "none") != "none"
+        if adapter.get("init") == "weighted" and not calibrated:
+            yield (
+                ("adapter", "init"),
+                "weighted needs the activations that a calibration sees: give calibration.method",
+            )
+        gain = quantization.get("gain", 0)
+        if calibrated and gain not in (0, 0.0):
+            yield (
+                ("quantization", "gain"),
+                "a calibration fits the scales to activations: a gain goes with method none",
+            )
+        if quantization.get("axis") == 0:
+            for name, key in (
+                (calibrated, ("calibration", "method")),
+                (recovery.get("scales") == "bake", ("recovery", "scales")),
+            ):
+                if name:
+                    yield key, "needs groups along the input: quantization.axis must be 1"
+        if recovery.get("scales") == "bake" and adapter.get("use_dora"):
+            yield (
+                ("adapter", "use_dora"),
+                "DoRA takes its magnitudes from frozen scales: recovery.scales must not be bake",
+            )
 
 
 SECTIONS: dict[str, type[Section]] = {
     "model": Model,
     "quantization": Quantization,
+    "calibration": Calibration,
     "adapter": Adapter,
     "data": Data,
+    "recovery": Recovery,
     "evaluation": Evaluation,
     "tracking": Tracking,
 }
@@ -407,7 +336,7 @@ def _in_words(section: type[Section], error: ErrorDetails) -> str:
         "string_type": "a string",
         "tuple_type": "a list",
     }
-    if kind in (_IN_WORDS, _MISSING):
+    if kind in (IN_WORDS, MISSING):
         return error["msg"]
     if kind == "missing":
         return REQUIRED
@@ -464,7 +393,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for details in error.errors(include_url=False):
             key = details["loc"]
             # No second complaint about what could not even be read.
-            if key not in document.unread and not (details["type"] == _MISSING and () in document.unread):
+            if key not in document.unread and not (details["type"] == MISSING and () in document.unread):
                 problems.append(Problem(document.position(key), dotted(key), details["msg"]))
     if problems:
         raise UserError("\n".join(dict.fromkeys(str(problem) for problem in sorted(problems))))
@@ -492,6 +421,9 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in values.items() if name not in ("output_dir", "tracking", "evaluation")}
     quantization = kept.get("quantization", {}).items()
     kept["quantization"] = {name: value for name, value in quantization if name != "save_to"}
+    # Where activations and the teacher's targets lie.
+    for name, place in (("calibration", "store"), ("recovery", "teacher_cache")):
+        kept[name] = {key: value for key, value in kept.get(name, {}).items() if key != place}
     training = kept.get("training", {}).items()
     kept["training"] = {name: value for name, value in training if not name.startswith(WITHOUT_EFFECT)}
     return kept

@@ -9,6 +9,7 @@ The same command again continues from the last complete checkpoint.
 from __future__ import annotations
 
 import gc
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
     from hqqplus.evaluation.report import Report
     from hqqplus.recovery.measure import Measurement
 
-ADAPTER_FOLDER = "adapter"
+ADAPTER_FOLDER, BACKBONE_FOLDER = "adapter", "backbone"
 
 
 def run(recipe: Recipe) -> Report:
     """Run `recipe` from start to end, or from where it was left, and return its report.
 
-    Writes to `recipe.output_dir`: `adapter/` (weights in bf16, tokenizer, model card, `hqqplus.json`), `report.json`,
+    Writes to `recipe.output_dir`: `adapter/` (weights in bf16, tokenizer, model card, `hqqplus.json`),
+    `backbone/` (the packed model that the adapter belongs to, where its scales were trained), `report.json`,
     `report.md`, `report.png`, and the checkpoints of the training.
 
     Raises:
@@ -39,13 +41,16 @@ def run(recipe: Recipe) -> Report:
 
     from hqqplus import models
     from hqqplus.adapters import adapter_size, apply_residual_start, round_adapter, ship_adapter
+    from hqqplus.adapters.bake import bake_backbone
     from hqqplus.adapters.card import model_card
+    from hqqplus.adapters.scales import bake_scales
     from hqqplus.evaluation.perplexity import make_windows, perplexity, recovery
     from hqqplus.evaluation.report import Report, environment, print_report, write_report
     from hqqplus.integrations.trl import RecoveryTrainer, sft_config
     from hqqplus.modules import bits_per_weight, model_bytes
-    from hqqplus.recovery import setup, summary
-    from hqqplus.recovery.backbone import load_backbone, load_options, parent_of
+    from hqqplus.recovery import setup, summary, teaching, trainables
+    from hqqplus.recovery.backbone import base_folder, load_backbone, load_options, parent_of
+    from hqqplus.recovery.calibrated import Text, calibration_folder
     from hqqplus.recovery.checkpoints import checkpoint_folder, discard_incomplete, last_complete, write_manifest
     from hqqplus.recovery.measure import Meter, Notebook
 
@@ -59,7 +64,8 @@ def run(recipe: Recipe) -> Report:
 
     resume = last_complete(output_dir, recipe)
     setup.set_up_tracking(recipe)
-    arguments = sft_config(setup.trainer_settings(recipe, state.device, say), "recipe")
+    settings = setup.trainer_settings(recipe, state.device, say)
+    sft_config(settings, "recipe")
     if state.is_main_process:
         for broken in discard_incomplete(output_dir):
             say(f"{broken} is incomplete (the run was stopped while it was written): removed")
@@ -71,6 +77,7 @@ def run(recipe: Recipe) -> Report:
         section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     data = setup.load_data(recipe, tokenizer, say)
+    rows = setup.TrainingRows(data.train, tokenizer, settings, recipe.data.packing, say)
     windows = {
         name: make_windows(
             texts, tokenizer, recipe.data.max_length, recipe.evaluation.max_tokens, name, join=recipe.evaluation.join
@@ -86,7 +93,7 @@ def run(recipe: Recipe) -> Report:
         "device": str(state.device.type)
     }
 
-    # 3. The parent, in full precision: what the rest is measured against.
+    # 3. The parent, in full precision: what the rest is measured against, and who teaches.
     parent: Measurement | None = None
     named = parent_of(recipe)
     if recipe.evaluation.parent and named is not None:
@@ -102,29 +109,39 @@ def run(recipe: Recipe) -> Report:
 
         parent = notes.recall("parent", depends, measure_parent)
         say(f"parent: perplexity {parent.perplexities[setup.EVALUATION_SET]:.2f}")
+    teacher = teaching.settle_teacher(recipe, named, state.device, say)
+    if teacher == "cache" and named is not None:
+        teaching.write_cache(recipe, named, rows, state.device, say)
+        _free(torch)
 
-    # 4. The backbone: quantized while it loads, then frozen.
-    residual = recipe.adapter.init == "residual" and resume is None
+    # 4. The backbone: calibrated where the recipe says so, quantized, then frozen.
     versions = environment()
-    backbone = load_backbone(recipe, state.device, versions, residual)
+    text = Text(data.documents, tokenizer)
+    backbone = load_backbone(recipe, state.device, versions, text, resume is None, say)
     model = backbone.model.requires_grad_(False)
     bpw, backbone_bytes = bits_per_weight(model), model_bytes(model)
     quantized = notes.recall(
         "quantized",
-        [depends, described["quantization"], backbone.fingerprint.packed_sha256],
+        [depends, described["quantization"], described["calibration"], backbone.fingerprint.packed_sha256],
         lambda: meter.measure(model, backbone_bytes),
     )
     say(f"quantized to {bpw:.2f} bits per weight: perplexity {quantized.perplexities[setup.EVALUATION_SET]:.2f}")
 
     # 5. The adapter: LoRA on the packed projections, from PEFT's start or from what quantization lost.
+    rows.of(model)
     set_seed(recipe.seed)
-    model = setup.add_adapter(model, recipe)
+    model = trainables.add_adapter(model, recipe)
     if backbone.factors is not None:
         apply_residual_start(model, backbone.factors)
     parameters, adapter_bytes = adapter_size(model)
+    extras = trainables.train_scales(model, recipe)
     say(f"adapter: {parameters:,} parameters, {adapter_bytes / 1e6:.1f} MB in bf16")
 
-    # 6. Recovery: TRL's SFT, from the last complete checkpoint if there is one.
+    # 6. Recovery: TRL's trainer, from the last complete checkpoint if there is one.
+    arguments = rows.arguments
+    distillation = None
+    if teacher is not None and named is not None:
+        distillation = teaching.distillation(recipe, teacher, named, rows, state.device)
     seconds, tokens = (resume[1].train_seconds, resume[1].tokens) if resume else (0.0, 0)
 
     def on_checkpoint(step: int, spent: float, seen: int) -> None:
@@ -136,11 +153,15 @@ def run(recipe: Recipe) -> Report:
     trainer = RecoveryTrainer(
         model=model,
         args=arguments,
-        train_dataset=data.train,
+        train_dataset=rows.rows,
         eval_dataset=setup.as_dataset(windows[setup.EVALUATION_SET]) if arguments.eval_strategy != "no" else None,
         processing_class=tokenizer,
         evaluator=evaluate,
         on_checkpoint=on_checkpoint,
+        prepared=True,
+        distillation=distillation,
+        param_groups=lambda model: trainables.param_groups(recipe, model),
+        extras=extras,
     )
     if resume:
         say(f"continuing from {resume[0]}")
@@ -149,6 +170,9 @@ def run(recipe: Recipe) -> Report:
 
     # 7. After: the adapter as it will be shipped, measured like the two before it.
     model = trainer.accelerator.unwrap_model(trainer.model)
+    del distillation, trainer.distillation
+    _free(torch)
+    bake_scales(model)
     round_adapter(model)
     recovered = meter.measure(model, backbone_bytes + adapter_bytes)
     measured = {"parent": parent, "quantized": quantized, "recovered": recovered}
@@ -181,13 +205,17 @@ def run(recipe: Recipe) -> Report:
         versions=versions,
     )
 
-    # 8. Ship: adapter, card, fingerprint and report.
+    # 8. Ship: the base, if its scales were trained; adapter, card, fingerprint and report.
     if state.is_main_process:
-        card = model_card(
-            title=f"{output_dir.name} adapter", recipe=described, report=report, base=backbone.fingerprint.base
-        )
-        ship_adapter(model, tokenizer, output_dir / ADAPTER_FOLDER, backbone.fingerprint, card)
-        write_report(report, output_dir, summary.how_to_load(recipe, output_dir / ADAPTER_FOLDER))
+        fingerprint, base = backbone.fingerprint, base_folder(recipe) or recipe.model.name_or_path
+        if recipe.recovery.scales == "bake":
+            base = str(output_dir / BACKBONE_FOLDER)
+            fingerprint = bake_backbone(model, base, tokenizer, fingerprint)
+        card = model_card(title=f"{output_dir.name} adapter", recipe=described, report=report, base=fingerprint.base)
+        ship_adapter(model, tokenizer, output_dir / ADAPTER_FOLDER, fingerprint, card)
+        write_report(report, output_dir, summary.how_to_load(base, output_dir / ADAPTER_FOLDER))
+        if (saved := base_folder(recipe)) is not None:
+            shutil.rmtree(calibration_folder(saved), ignore_errors=True)
         print_report(report)
         say(f"adapter in {output_dir / ADAPTER_FOLDER}, report in {output_dir / 'report.md'}")
     state.wait_for_everyone()

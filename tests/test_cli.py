@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,16 +23,19 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import hqqplus
-from hqqplus import cli, models
+from hqqplus import QuantPlan, QuantSpec, cli, models
 from hqqplus.adapters import Fingerprint, round_adapter, ship_adapter
+from hqqplus.calibration.gain import choose_gain
 from hqqplus.errors import UserError
+from hqqplus.evaluation.divergence import divergence
 from hqqplus.evaluation.perplexity import make_windows, perplexity
+from hqqplus.evaluation.report import Report
 from hqqplus.modules import packed_modules
 
 IDS = torch.arange(3, 35).view(1, -1)
 TEXTS = ["once upon a time", "there was a model", "of very few bits"]
 GROUPS = ("--group-size", 32, "--metadata-bits", 16)
-VERBS = ("train", "validate", "quantize", "evaluate", "generate", "export", "env")
+VERBS = ("train", "validate", "quantize", "evaluate", "table", "generate", "export", "env")
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +186,13 @@ def test_quantize_with_a_hybrid_plan(made: SimpleNamespace, tmp_path: Path) -> N
         (["--target-bpw", 0.5], r"target_bpw is 0\.5: with these candidates the model takes"),
         (["--embeddings", 3], "embeddings is 3: it must be 8, 4 or None"),
         (["--gain", 2], r"quantize: gain is 2\.0: it must be between 0 and 1"),
+        (["--gain", "much"], r"--gain: 'much' is neither a number nor auto"),
+        (["--gain", "auto"], r"--gain auto: it needs --calibration-text, some text"),
+        (["--calibration-text", "a.txt"], r"--calibration-text: it goes with --gain auto"),
+        (
+            ["--gain", "auto", "--calibration-text", "no.txt"],
+            r"--calibration-text: there is no file or folder 'no\.txt'",
+        ),
         (["--lp-norm", 1.5], r"quantize: lp_norm is 1\.5: it must be 2"),
     ],
 )
@@ -190,6 +201,25 @@ def test_quantize_refuses_bad_plans(made: SimpleNamespace, tmp_path: Path, argum
     with pytest.raises(UserError, match=said):
         CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert not any(tmp_path.iterdir())
+
+
+def test_quantize_chooses_the_gain(made: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["quantize", made.parent, "--group-size", 64, "--gain", "auto", "--calibration-text", made.texts]
+    said = run(*arguments, "--out", tmp_path / "out")
+    model, tokenizer = models.load_causal_lm(str(made.parent)), models.load_tokenizer(str(made.parent))
+    windows = [torch.tensor([tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]) for text in TEXTS]
+    expected = choose_gain(model, QuantPlan(QuantSpec(2, 64)), windows)
+    assert said.splitlines()[0] == (
+        f"gain {expected.gamma:g}: KL " + ", ".join(f"{kl:.4f} at {gamma:g}" for gamma, kl in expected.kl.items())
+    )
+    assert hqqplus.load(tmp_path / "out").config.quantization_config.plan().solver.gain == expected.gamma
+    capfd.readouterr()
+    values = json.loads(run(*arguments, "--out", tmp_path / "json", "--json"))
+    assert capfd.readouterr().out == ""
+    assert values["gain"] == expected.gamma
+    assert {float(gamma): kl for gamma, kl in values["gain_kl"].items()} == pytest.approx(expected.kl, rel=1e-4)
+    with pytest.raises(UserError, match=r"^gain: .* has axis 0"):
+        CliRunner().invoke(cli.app, [*map(str, arguments), "--out", "out", "--axis", "0"], catch_exceptions=False)
 
 
 def test_quantize_along_the_output_in_whole_rows(made: SimpleNamespace, tmp_path: Path) -> None:
@@ -255,6 +285,88 @@ def test_evaluate_reads_another_column_and_stops_early(made: SimpleNamespace, tm
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in TEXTS))
     said = run("evaluate", made.packed, tmp_path / "a.jsonl", "--text-field", "story", "--max-tokens", 10)
     assert re.fullmatch(r"perplexity \d+\.\d{4} \(9 tokens, windows of 1024\)\n", said)
+
+
+@pytest.mark.parametrize("arguments", [("parent",), ("packed",), ("packed", "adapter")], ids=str)
+def test_evaluate_against_the_parent(made: SimpleNamespace, arguments: tuple[str, ...]) -> None:
+    base, *adapter = (getattr(made, name) for name in arguments)
+    options = ["--adapter", adapter[0]] if adapter else []
+    arguments = ("evaluate", base, made.texts, "--max-length", 12, "--against", made.parent, *options)
+    windows = make_windows(TEXTS, models.load_tokenizer(str(made.parent)), 12)
+    expected = divergence(hqqplus.load(made.parent), hqqplus.load(base, *adapter), windows)
+    assert run(*arguments).splitlines() == [
+        f"perplexity {expected.model.perplexity:.4f} ({windows.tokens} tokens, windows of 12)",
+        f"KL to the parent {expected.kl:.4f} nats a token, agreement {100 * expected.agreement:.2f} %, "
+        f"the parent's perplexity {expected.parent.perplexity:.4f}",
+    ]
+    assert json.loads(run(*arguments, "--json")) == {
+        "perplexity": expected.model.perplexity,
+        "parent_perplexity": expected.parent.perplexity,
+        "kl": expected.kl,
+        "agreement": expected.agreement,
+        "tokens": windows.tokens,
+        "max_length": 12,
+    }
+    assert (expected.kl == 0) == (base == made.parent)
+
+
+def test_evaluate_on_tasks(made: SimpleNamespace, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'hqqplus[eval]'")
+    from hqqplus.evaluation.tasks import run_tasks
+
+    rows = [{"question": "once", "choices": ["upon", "a time"], "answer": n % 2} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "once",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+    }
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    arguments = ["evaluate", made.packed, "--adapter", made.adapter, "--tasks", "once,", "--include-path", tmp_path]
+    model, tokenizer = hqqplus.load(made.packed, made.adapter), models.load_tokenizer(str(made.parent))
+    expected = run_tasks(model, tokenizer, ["once"], 2, include_path=tmp_path)
+    assert json.loads(run(*arguments, "--limit", 2, "--json")) == expected
+    assert expected["tasks"]["once"]["metrics"]["acc"]["value"] == 0.5
+    said = run(*arguments, "--limit", 2, made.texts)
+    assert said.startswith("perplexity ")
+    assert re.search(r"once .* 0 .* 2 .* acc .* 0\.5000 .* ± 0\.5000", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], r"^evaluate: give TEXTS to measure on, --tasks, or both"),
+        (["--against", "parent", "--tasks", "a"], r"^--against: it needs TEXTS"),
+        (["texts", "--limit", "3"], r"^--limit, --num-fewshot and --include-path go with --tasks"),
+    ],
+)
+def test_evaluate_refuses_what_says_nothing(arguments: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        CliRunner().invoke(cli.app, ["evaluate", "model", *arguments], catch_exceptions=False)
+
+
+def test_table(tmp_path: Path) -> None:
+    for name, bits in (("one", 1), ("two", 2)):
+        report = dict.fromkeys([field.name for field in fields(Report)], 3.0)
+        recipe = {"model": {"name_or_path": "a/b"}, "quantization": {"nbits": bits, "group_size": 32, "overrides": {}}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps({**report, "recipe": recipe, "samples": []}))
+    runs = [tmp_path / "one", tmp_path / "two"]
+    lines = run("table", *runs).splitlines()
+    assert [line.split(" | ")[:4] for line in lines[2:]] == [["| one", "a/b", "1", "32"], ["| two", "a/b", "2", "32"]]
+    assert [row["nbits"] for row in json.loads(run("table", *runs, "--json"))] == [[1], [2]]
+    assert [line.split(",")[:3] for line in run("table", *runs, "--csv").splitlines()[1:]] == [
+        ["one", "a/b", "1"],
+        ["two", "a/b", "2"],
+    ]
+    for arguments, said in (([tmp_path], r"no report\.json"), ([*runs, "--json", "--csv"], "exclude each other")):
+        with pytest.raises(UserError, match=said):
+            CliRunner().invoke(cli.app, ["table", *map(str, arguments)], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("arguments", [("packed",), ("packed", "adapter"), ("adapter",)], ids=str)

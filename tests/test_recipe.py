@@ -55,12 +55,24 @@ def test_defaults(tmp_path: Path) -> None:
             "thorough": False,
             "save_to": None,
         },
+        "calibration": {
+            "method": "none",
+            "samples": 128,
+            "length": None,
+            "epochs": 4,
+            "batch_size": 4,
+            "scale_learning_rate": 2e-3,
+            "weight_learning_rate": 3e-2,
+            "store": "cpu",
+        },
         "adapter": {
             "r": 16,
-            "lora_alpha": 16,
+            "lora_alpha": None,
             "lora_dropout": 0.0,
             "target_modules": "all-linear",
             "init": "residual",
+            "rank_pattern": {},
+            "budget_mb": None,
             "use_dora": False,
             "use_rslora": False,
         },
@@ -75,8 +87,22 @@ def test_defaults(tmp_path: Path) -> None:
             "completion": None,
             "messages": None,
             "max_length": 1024,
-            "packing": False,
+            "packing": "auto",
             "eos": True,
+        },
+        "recovery": {
+            "loss": "ce",
+            "kl_weight": 1.0,
+            "ce_weight": 0.5,
+            "hidden_weight": 0.5,
+            "teacher": "auto",
+            "teacher_cache": None,
+            "top_k": 64,
+            "scales": "frozen",
+            "offsets": "auto",
+            "scales_learning_rate": None,
+            "norms": False,
+            "biases": False,
         },
         "training": {},
         "evaluation": {
@@ -294,12 +320,12 @@ seed: true
         "recipe.yaml:16: adapter.r: 0 is out of range: at least 1 is needed",
         "recipe.yaml:17: adapter.lora_dropout: 1 is out of range: less than 1 is needed",
         "recipe.yaml:18: adapter.target_modules[1]: 3 is an integer; a string is needed, so put it in quotes",
-        "recipe.yaml:19: adapter.init: 'residul' is not one of default, residual; did you mean residual?",
+        "recipe.yaml:19: adapter.init: 'residul' is not one of default, residual, weighted; did you mean residual?",
         "recipe.yaml:22: data.max_length: 7 is out of range: at least 8 is needed",
         "recipe.yaml:25: training.max_steps: 1.5 is a float; an integer is needed",
         "recipe.yaml:30: evaluation.prompts[1]: 2 is an integer; a string is needed, so put it in quotes",
         "recipe.yaml:31: tracking: 'wandb' is a string; a mapping is needed",
-        "recipe.yaml:32: outputdir: unknown key; did you mean output_dir? (allowed: model, quantization, adapter, data, training, evaluation, tracking, output_dir, seed, extends); fields of trl.SFTConfig go under training",
+        "recipe.yaml:32: outputdir: unknown key; did you mean output_dir? (allowed: model, quantization, calibration, adapter, data, recovery, training, evaluation, tracking, output_dir, seed, extends); fields of trl.SFTConfig go under training",
         "recipe.yaml:33: seed: true is a boolean; an integer is needed",
     ]
     assert optim.startswith("recipe.yaml:24: training.optim: 'paged_adamw8bit' is not one of adamw_torch, ")
@@ -342,8 +368,8 @@ seed: true
         ("adapter", "target_modules: 3", "target_modules: 3 is an integer; a string or a list of strings is needed, so put it in quotes"),
         ("adapter", "target_modules: []", "target_modules: empty; at least one name is needed"),
         ("adapter", "target_modules: ['']", "target_modules[0]: empty; a name is needed"),
-        ("adapter", "init: pissa", "init: 'pissa' is not one of default, residual"),
-        ("adapter", "init: 1", "init: 1 is not one of default, residual"),
+        ("adapter", "init: pissa", "init: 'pissa' is not one of default, residual, weighted"),
+        ("adapter", "init: 1", "init: 1 is not one of default, residual, weighted"),
         ("adapter", "text_field: x", "text_field: unknown key here; did you mean data.text_field?"),
         ("data", "split: ''", "split: empty; a name is needed"),
         ("data", "max_length: 512.0", "max_length: 512.0 is a float; an integer is needed"),
@@ -357,6 +383,12 @@ seed: true
         ("evaluation", "texts: {wiki: ''}", "texts.wiki: empty; a name is needed"),
         ("adapter", f"lora_alpha: -1{'0' * 400}", f"lora_alpha: -1{'0' * 55}... is out of range: more than 0 is needed"),
         ("evaluation", "prompts: hello", "prompts: 'hello' is a string; a list is needed"),
+        ("adapter", "rank_pattern: {q_proj: 0}", "rank_pattern.q_proj: 0 is out of range: at least 1 is needed"),
+        ("adapter", "rank_pattern: 4", "rank_pattern: 4 is an integer; a mapping of name patterns to ranks is needed"),
+        ("calibration", "method: gptq", "method: 'gptq' is not one of none, importance, feedback, block"),
+        ("calibration", "weight_learning_rate: -1", "weight_learning_rate: -1 is out of range: at least 0 is needed"),
+        ("recovery", "loss: sft", "loss: 'sft' is not one of ce, kd"),
+        ("recovery", "offsets: maybe", "offsets: 'maybe' is a string; true, false or auto is needed"),
         ("tracking", "report_to: wandbb", f"report_to: 'wandbb' is not one of {', '.join(TRACKERS)}; did you mean wandb?"),
         ("tracking", "report_to: [wandb, x]", f"report_to[1]: 'x' is not one of {', '.join(TRACKERS)}"),
         ("tracking", "report_to: [none, wandb]", "report_to: ['none', 'wandb'] is contradictory: none stands alone"),
@@ -392,10 +424,38 @@ def test_form_conflicts_are_reported_with_other_errors(tmp_path: Path) -> None:
     assert [line.partition(": ")[0] for line in lines] == ["recipe.yaml:3", "recipe.yaml:5", "recipe.yaml:6"]
 
 
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ("adapter: {init: weighted}", "adapter.init: weighted needs the activations that a calibration sees: give calibration.method"),
+        ("adapter: {budget_mb: 5, rank_pattern: {q_proj: 2}}", "adapter.budget_mb: budget_mb and rank_pattern exclude each other: one chooses the ranks, one gives them"),
+        ("calibration: {method: block}\nquantization: {gain: auto}", "quantization.gain: a calibration fits the scales to activations: a gain goes with method none"),
+        ("calibration: {method: block}\nquantization: {axis: 0}", "calibration.method: needs groups along the input: quantization.axis must be 1"),
+        ("recovery: {scales: bake}\nquantization: {axis: 0}", "recovery.scales: needs groups along the input: quantization.axis must be 1"),
+        ("recovery: {scales: bake}\nadapter: {use_dora: true}", "adapter.use_dora: DoRA takes its magnitudes from frozen scales: recovery.scales must not be bake"),
+        ("recovery: {loss: kd, teacher: cache}", "recovery.teacher: a teacher's cache holds no hidden states: hidden_weight must be 0"),
+    ],
+)  # fmt: skip
+def test_levers_that_exclude_each_other(tmp_path: Path, sections: str, line: str) -> None:
+    (found,) = refused(tmp_path, f"{SMALLEST}{sections}\n")
+    assert found.split(": ", 1)[1] == line
+
+
+def test_alpha_is_twice_the_rank(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, f"{SMALLEST}adapter: {{r: 6}}\n")).adapter.alpha == 12
+    assert load_recipe(write(tmp_path, f"{SMALLEST}adapter: {{r: 6, lora_alpha: 3}}\n")).adapter.alpha == 3
+
+
+def test_gain_auto(tmp_path: Path) -> None:
+    quantization = load_recipe(write(tmp_path, f"{SMALLEST}quantization: {{gain: auto}}\n")).quantization
+    assert quantization.gain == "auto"
+    assert quantization.plan(0.25).solver.gain == 0.25
+
+
 def test_misplaced_keys_at_the_top(tmp_path: Path) -> None:
     assert refused(tmp_path, SMALLEST + "nbits: 2\nlearning_rate: 1e-4\n") == [
         "recipe.yaml:6: nbits: unknown key here; did you mean quantization.nbits?",
-        "recipe.yaml:7: learning_rate: unknown key (allowed: model, quantization, adapter, data, training, evaluation, "
+        "recipe.yaml:7: learning_rate: unknown key (allowed: model, quantization, calibration, adapter, data, recovery, training, evaluation, "
         "tracking, output_dir, seed, extends); fields of trl.SFTConfig go under training",
     ]
 

@@ -315,7 +315,7 @@ def test_an_override_replaces_a_mapping(tmp_path: Path) -> None:
         ("model.name_or_path.x=1", "model.name_or_path.x: model.name_or_path is 'some/model', not a mapping"),
         ("extends=x.yaml", "extends: belongs in a recipe file"),
         ("evaluation.texts={a: b, a: c}", "evaluation.texts: a: given twice"),
-        ("nonsense.x=1", "nonsense: unknown key (allowed: model, quantization, adapter, data, training, evaluation, tracking, output_dir, seed, extends); fields of trl.SFTConfig go under training"),
+        ("nonsense.x=1", "nonsense: unknown key (allowed: model, quantization, calibration, adapter, data, recovery, training, evaluation, tracking, output_dir, seed, extends); fields of trl.SFTConfig go under training"),
         ("seed=", "seed: nothing is given; an integer is needed"),
     ],
 )  # fmt: skip
@@ -327,8 +327,8 @@ def test_a_file_and_the_command_line_are_refused_together(tmp_path: Path) -> Non
     assert refused(tmp_path, SMALLEST + "seed: -1\nadapter: {r: 0}\n", "adapter.r=-3", "adapter.s=1") == [
         "recipe.yaml:6: seed: -1 is out of range: at least 0 is needed",
         "command line: adapter.r: -3 is out of range: at least 1 is needed",
-        "command line: adapter.s: unknown key (allowed: r, lora_alpha, lora_dropout, target_modules, init, use_dora, "
-        "use_rslora)",
+        "command line: adapter.s: unknown key (allowed: r, lora_alpha, lora_dropout, target_modules, init, "
+        "rank_pattern, budget_mb, use_dora, use_rslora)",
     ]
 
 

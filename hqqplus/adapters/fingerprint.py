@@ -30,6 +30,8 @@ _TYPES: dict[str, Any] = {
     "quantization": dict,
     "versions": dict,
     "format": int,
+    "baked": bool,
+    "calibration": (dict, type(None)),
 }
 
 
@@ -42,6 +44,8 @@ class Fingerprint:
         packed_sha256: hash over the names and bytes of all packed tensors.
         quantization: the quantization config as a dict.
         versions: of the packages that made it.
+        calibration: how it was calibrated; None where no text was looked at.
+        baked: whether scales were trained after quantization, so that quantizing `base` anew gives another model.
     """
 
     base: str
@@ -50,6 +54,8 @@ class Fingerprint:
     quantization: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
     format: int = _FORMAT
+    baked: bool = False
+    calibration: dict[str, Any] | None = None
 
     def write(self, folder: str | Path) -> None:
         write_json(Path(folder) / FILE_NAME, asdict(self))
@@ -68,18 +74,20 @@ class Fingerprint:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not a fingerprint of hqqplus ({error})") from None
-        fields: dict[str, Any] = {name: values.get(name) for name in _TYPES} if isinstance(values, dict) else {}
+        # Files of earlier versions know neither baked nor metadata_bits: these are what they meant.
+        given = {"baked": False, **values} if isinstance(values, dict) else {}
+        fields: dict[str, Any] = {name: given.get(name) for name in _TYPES}
         wrong = [name for name, kind in _TYPES.items() if not isinstance(fields.get(name), kind)]
         if wrong:
             raise UserError(f"{path}: not a fingerprint of hqqplus ({', '.join(wrong)}: missing or of another type)")
         if fields["format"] != _FORMAT:
             raise UserError(f"{path}: its format is {fields['format']}, this hqqplus reads {_FORMAT}: update hqqplus")
-        # Files of earlier versions know no metadata_bits: 16 is what they meant.
         return cls(**{**fields, "quantization": {"metadata_bits": 16, **fields["quantization"]}})
 
     def describe(self) -> str:
-        """`2-bit g64 of NAME (sha256 0123456789ab)`."""
-        return f"{_bits(self.quantization)} of {self.base} (sha256 {self.packed_sha256[:12]})"
+        """`2-bit g64 of NAME (sha256 0123456789ab)`, and whether its scales were trained."""
+        trained = ", scales trained" if self.baked else ""
+        return f"{_bits(self.quantization)} of {self.base}{trained} (sha256 {self.packed_sha256[:12]})"
 
 
 def packed_sha256(model: nn.Module) -> str:
@@ -120,7 +128,9 @@ def check_base(model: nn.Module, adapter: str | Path) -> None:
         bits, advice = "not quantized by hqqplus", "load it on the base it belongs to"
         if quantization is not None and hasattr(quantization, "nbits"):
             bits = f"{_bits(quantization.to_dict())} (sha256 {found[:12]})"
-            if {**wanted.quantization, "quant_method": quantization.quant_method} == quantization.to_dict():
+            if wanted.baked:
+                advice = "no quantizing brings trained scales back: load it on the packed folder that came with it"
+            elif {**wanted.quantization, "quant_method": quantization.quant_method} == quantization.to_dict():
                 advice = (
                     "the same weights quantized in another dtype, or on another device, need not come out the same: "
                     "load it on the packed folder that it was trained on"

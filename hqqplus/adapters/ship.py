@@ -40,7 +40,7 @@ def ship_adapter(model: Any, tokenizer: Any, folder: str | Path, fingerprint: Fi
     state = {
         name: tensor.to(SHIPPED_DTYPE) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
-        if "lora_" in name or "modules_to_save" in name
+        if "lora_" in name or "modules_to_save" in name or (config.bias != "none" and name.endswith(".bias"))
     }
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)

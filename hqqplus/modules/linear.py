@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hqqplus.kernels import int8, quantize  # importing them registers torch.ops.hqqplus
+from hqqplus.kernels.lora import matmul_lora
+from hqqplus.kernels.scales import TrainedScales
+from hqqplus.modules import trainable
 from hqqplus.modules.packed import PackedState
 from hqqplus.quantization import QuantSpec, SolverOptions
 
@@ -29,9 +32,14 @@ class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight 
         compute: "auto", or "int8": activations are rounded to 8 bits a token (`kernels/int8.py`) wherever no gradient
             is asked for (`torch.no_grad`, `torch.inference_mode`) and the weight has 1 bit and axis 1; everything else
             stays as it is. A choice of this process: part of neither the state nor the configuration.
+        scale_delta, offset_delta: what is trained of the scales and offsets (`modules/trainable.py`); None, and no
+            part of the state, where nothing is.
     """
 
     compute: str = "auto"
+    scale_delta: nn.Parameter | None
+    offset_delta: nn.Parameter | None
+    kept_metadata: tuple[Any, trainable.Stored] | None
 
     def __init__(
         self,
@@ -50,6 +58,9 @@ class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight 
             self.bias = nn.Parameter(empty, requires_grad=False)
         else:
             self.register_parameter("bias", None)
+        for name in trainable.DELTAS:
+            self.register_parameter(name, None)
+        self.kept_metadata = None
 
     @classmethod
     def from_linear(
@@ -81,8 +92,17 @@ class PackedLinear(PackedState, nn.Linear):  # type: ignore[override]  # weight 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.scale_delta is not None and torch.is_grad_enabled():
+            return matmul_lora(x, self.op_arguments(), self.bias, (), scales=self.trained_scales())
         product = torch.ops.hqqplus.matmul_int8 if self.takes_int8() else torch.ops.hqqplus.matmul
         return product(x, *self.op_arguments(), self.bias)
+
+    def stored_metadata(self) -> trainable.Stored:
+        return trainable.trained_metadata(self)
+
+    def trained_scales(self) -> TrainedScales | None:
+        """What is trained of the metadata, as `kernels.lora.matmul_lora` takes it."""
+        return trainable.trained_scales(self) if trainable.is_trained(self) else None
 
     def takes_int8(self) -> bool:
         """Whether a call would round its activations to 8 bits now."""

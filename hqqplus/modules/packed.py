@@ -56,16 +56,22 @@ class PackedState(nn.Module):
 
     def packed(self) -> PackedTensor:
         """The matrix as a `PackedTensor` (sharing the tensors)."""
-        tensors = {name: tensor.data for name, tensor in self.packed_parameters().items()}
-        return PackedTensor(**tensors, spec=self.spec, shape=self.matrix_shape)
+        scale, offset, blocks = (None if tensor is None else tensor.detach() for tensor in self.stored_metadata())
+        assert scale is not None
+        assert offset is not None
+        return PackedTensor(self.W_q.data, scale, offset, self.spec, self.matrix_shape, blocks)
 
     def packed_parameters(self) -> dict[str, nn.Parameter]:
         """The packed tensors by name, in the order of `state_names`."""
         return {name: getattr(self, name) for name in state_names(self.spec)}
 
+    def stored_metadata(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """scale, offset and blocks as bytes; while they are trained, those that are computed with now."""
+        return self.scale, self.offset, self.blocks
+
     def metadata(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """scale, offset and blocks as the ops take them: views of the stored bytes."""
-        return metadata_views(self.scale, self.offset, self.blocks, self.spec.metadata_dtype)
+        return metadata_views(*self.stored_metadata(), self.spec.metadata_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The full matrix in `dtype` (default: the compute dtype)."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,52 @@ def observe_packing(observer: PackingObserver) -> Iterator[None]:
         yield
     finally:
         _observers.reset(token)
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """What layers are quantized to, found beforehand (by a calibration).
+
+    Attributes:
+        tensors: module name -> packed tensor; it may read them from disk as they are asked for.
+        digest: what tells these from other solutions; work that was begun with others is not continued.
+    """
+
+    tensors: Mapping[str, PackedTensor]
+    digest: str
+
+
+_solutions: ContextVar[Solutions | None] = ContextVar("hqqplus_solutions", default=None)
+
+
+@contextmanager
+def packed_already(solutions: Solutions) -> Iterator[None]:
+    """Within the block a weight whose module is named in `solutions` is packed to that, and not solved.
+
+    It holds for quantizing while loading, in memory and on the disk. Modules that are not named are solved as ever.
+    """
+    token = _solutions.set(solutions)
+    try:
+        yield
+    finally:
+        _solutions.reset(token)
+
+
+def solutions_in_use() -> Solutions | None:
+    """Those of the innermost `packed_already`."""
+    return _solutions.get()
+
+
+def check_solutions(names: Collection[str]) -> None:
+    """Refuse solutions for modules that are not among `names`, those that a model packs.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    solutions = _solutions.get()
+    strangers = [name for name in solutions.tensors if name not in names] if solutions else []
+    if strangers:
+        raise ValueError(f"there is a solution for {strangers[0]}, which is no module that this model packs")
 
 
 def plan_modules(
@@ -98,8 +145,11 @@ def pack_module(
 ) -> PackedLinear | PackedEmbedding:
     """Quantize `weight` and put the packed layer in the place of module `name` of `model`.
 
+    Within `packed_already` it is not solved where there is a solution for it.
+
     Raises:
-        ValueError: if the weight holds NaN or infinite values; the message names the tensor.
+        ValueError: if the weight holds NaN or infinite values, or its solution is of another form; the message names
+            the tensor.
     """
     module = model.get_submodule(name)
     shape = (module.num_embeddings, module.embedding_dim) if isinstance(module, nn.Embedding) else None
@@ -110,7 +160,7 @@ def pack_module(
             f"{name}.weight: its shape is {tuple(weight.shape)}, the model's configuration asks for {shape}"
         )
     try:
-        packed = quantize(weight, spec, options)
+        packed = _solved(name, weight, spec) or quantize(weight, spec, options)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from None
     for observer in _observers.get():
@@ -119,6 +169,24 @@ def pack_module(
     layer.set_packed(packed)
     model.set_submodule(name, layer.train(module.training))
     return layer
+
+
+def _solved(name: str, weight: Tensor, spec: QuantSpec) -> PackedTensor | None:
+    """The solution in use for module `name`, on the device of `weight`.
+
+    Raises:
+        ValueError: if it is of another spec or shape.
+    """
+    solutions = _solutions.get()
+    packed = solutions.tensors.get(name) if solutions else None
+    if packed is None:
+        return None
+    if (packed.spec, packed.shape) != (spec, tuple(weight.shape)):
+        raise ValueError(
+            f"its solution is {packed.spec} of {packed.shape}, asked for is {spec} of {tuple(weight.shape)}"
+        )
+    tensors = {key: tensor.to(weight.device) for key, tensor in packed.state().items()}
+    return PackedTensor(**tensors, spec=spec, shape=packed.shape)
 
 
 def tie_head(model: nn.Module, tied: tuple[str, str]) -> None:

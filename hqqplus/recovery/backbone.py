@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,14 @@ from accelerate import PartialState
 from hqqplus import models
 from hqqplus.adapters import Fingerprint, ResidualCollector, residuals_from_parent
 from hqqplus.adapters.residual import Factors
+from hqqplus.calibration.calibrate import Calibration
 from hqqplus.errors import UserError
 from hqqplus.files import check_output
 from hqqplus.integrations.transformers import HqqPlusConfig
 from hqqplus.modules import observe_packing
+from hqqplus.modules.replace import Solutions, packed_already
 from hqqplus.recipe import Recipe
+from hqqplus.recovery.calibrated import Text, calibrate_parent, calibration_folder, described, gain_of, samples_of
 from hqqplus.streaming import quantize_checkpoint
 
 
@@ -27,7 +31,7 @@ class Backbone:
 
     model: Any
     fingerprint: Fingerprint
-    factors: dict[str, Factors] | None
+    factors: dict[str, Factors] | None = None
 
 
 def parent_of(recipe: Recipe) -> tuple[str, str | None] | None:
@@ -51,21 +55,33 @@ def load_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     }
 
 
-def load_backbone(recipe: Recipe, device: torch.device, versions: dict[str, str], residual: bool) -> Backbone:
+def load_backbone(
+    recipe: Recipe, device: torch.device, versions: dict[str, str], text: Text, start: bool, say: Callable[[str], None]
+) -> Backbone:
     """Bring up the packed model of `recipe` on `device`, by way of `quantization.save_to` where that is given.
 
     Args:
-        residual: also compute the factors of the residual LoRA start.
+        text: for what is found out before quantizing (`calibrated.py`).
+        start: also compute the factors of the LoRA start that the recipe names.
 
     Raises:
-        UserError: if the model cannot be read, if `save_to` holds something else, or if the residual start needs a
-            parent that is not known.
+        UserError: if the model cannot be read, if `save_to` holds something else, or if the start needs a parent that
+            is not known.
     """
-    options = load_options(recipe, device)
     name, section = recipe.model.name_or_path, recipe.quantization
-    config = HqqPlusConfig.from_plan(section.plan())
+    residual = start and recipe.adapter.init == "residual"
     if models.is_packed(name):
-        return _packed(recipe, name, config, options, versions, residual)
+        for key, used in (
+            ("calibration.method", recipe.calibration.method != "none"),
+            ("quantization.gain", section.gain == "auto"),
+        ):
+            if used:
+                raise UserError(f"{key}: {name} is packed already, and this looks at weights: name the parent model")
+        return _packed(recipe, name, HqqPlusConfig.from_plan(section.plan()), device, versions, residual)
+    if recipe.calibration.method != "none":
+        return _calibrated(recipe, device, versions, text, start)
+    config = _config(recipe, device, text, say)
+    options = load_options(recipe, device)
     saved = section.save_to
     if saved is None:
         collector = ResidualCollector(recipe.adapter.r)
@@ -73,25 +89,90 @@ def load_backbone(recipe: Recipe, device: torch.device, versions: dict[str, str]
             model = models.load_causal_lm(name, quantization=config, **options)
         fingerprint = models.fingerprint_of(model, name, recipe.model.revision, versions)
         return Backbone(model, fingerprint, collector.factors if residual else None)
+    fingerprint = _save(recipe, saved, config, device, versions)
+    model = models.load_causal_lm(saved, **{**options, "revision": None})
+    return Backbone(model, fingerprint, _factors(model, fingerprint, recipe) if residual else None)
 
+
+def base_folder(recipe: Recipe) -> str | None:
+    """Where the packed model of the recipe lies; a calibrated one always lies somewhere."""
+    saved = recipe.quantization.save_to
+    if saved is None and recipe.calibration.method != "none":
+        return str(Path(recipe.output_dir) / "base")
+    return saved
+
+
+def _config(recipe: Recipe, device: torch.device, text: Text, say: Callable[[str], None]) -> HqqPlusConfig:
+    """The recipe's quantization, its gain chosen where that is `auto`: once, if the packed model is saved."""
+    section = recipe.quantization
+    if section.gain != "auto":
+        return HqqPlusConfig.from_plan(section.plan())
+    noted = Fingerprint.read(section.save_to) if section.save_to else None
+    solver = noted.quantization.get("solver") if noted is not None else None
+    if isinstance(solver, dict) and isinstance(gain := solver.get("gain"), int | float):
+        return HqqPlusConfig.from_plan(section.plan(gain))
+    choice = gain_of(recipe, section.plan(), text, device)
+    tried = ", ".join(f"{gamma:g}: {kl:.3f}" for gamma, kl in choice.kl.items())
+    say(f"quantization.gain: {choice.gamma:g} (KL to the parent by gain, {choice.tokens:,} tokens: {tried})")
+    return HqqPlusConfig.from_plan(section.plan(choice.gamma))
+
+
+def _save(
+    recipe: Recipe,
+    saved: str,
+    config: HqqPlusConfig,
+    device: torch.device,
+    versions: dict[str, str],
+    calibration: dict[str, Any] | None = None,
+    solve: Callable[[], Solutions] | None = None,
+) -> Fingerprint:
+    """Quantize the recipe's model to folder `saved`, unless it is there already; returns its fingerprint.
+
+    Args:
+        calibration: what the fingerprint says of it, and `solve`, which runs it.
+    """
+    name, section = recipe.model.name_or_path, recipe.model
     check_output(saved, "quantization.save_to")
     state = PartialState()
     # One process quantizes and writes; all of them read what it wrote.
     with state.main_process_first():
         if state.is_main_process and not Path(saved).exists():
-            quantize_checkpoint(
-                name,
-                saved,
-                config,
-                revision=recipe.model.revision,
-                device=device,
-                trust_remote_code=recipe.model.trust_remote_code,
-                versions=versions,
-                where="model.name_or_path",
-            )
-    fingerprint = _check_saved(saved, name, recipe.model.revision, config)
-    model = models.load_causal_lm(saved, **{**options, "revision": None})
-    return Backbone(model, fingerprint, _factors(model, fingerprint, recipe) if residual else None)
+            with packed_already(solve()) if solve is not None else nullcontext():
+                quantize_checkpoint(
+                    name,
+                    saved,
+                    config,
+                    revision=section.revision,
+                    device=device,
+                    trust_remote_code=section.trust_remote_code,
+                    versions=versions,
+                    calibration=calibration,
+                    where="model.name_or_path",
+                )
+    return _check_saved(saved, name, section.revision, config, calibration)
+
+
+def _calibrated(recipe: Recipe, device: torch.device, versions: dict[str, str], text: Text, start: bool) -> Backbone:
+    saved = base_folder(recipe)
+    assert saved is not None
+    tokens = samples_of(recipe, text)
+    plan, folder = recipe.quantization.plan(), calibration_folder(saved)
+    rank = recipe.adapter.r if recipe.adapter.init == "weighted" else 0
+
+    def solve() -> Calibration:
+        return calibrate_parent(recipe, plan, tokens, folder, device, rank)
+
+    config = HqqPlusConfig.from_plan(plan)
+    fingerprint = _save(recipe, saved, config, device, versions, described(recipe, tokens), lambda: solve().solutions)
+    model = models.load_causal_lm(saved, **{**load_options(recipe, device), "revision": None})
+    if not start or recipe.adapter.init == "default":
+        return Backbone(model, fingerprint)
+    if recipe.adapter.init == "residual":
+        return Backbone(model, fingerprint, _factors(model, fingerprint, recipe))
+    state = PartialState()
+    with state.main_process_first():  # nothing is left to solve: what was found is read
+        found = solve().factors
+    return Backbone(model, fingerprint, {name: (a, b) for name, (a, b, _) in found.items()})
 
 
 def _factors(model: Any, fingerprint: Fingerprint, recipe: Recipe) -> dict[str, Factors]:
@@ -100,9 +181,9 @@ def _factors(model: Any, fingerprint: Fingerprint, recipe: Recipe) -> dict[str, 
 
 
 def _packed(
-    recipe: Recipe, name: str, config: HqqPlusConfig, options: dict[str, Any], versions: dict[str, str], residual: bool
+    recipe: Recipe, name: str, config: HqqPlusConfig, device: torch.device, versions: dict[str, str], residual: bool
 ) -> Backbone:
-    model = models.load_causal_lm(name, **options)
+    model = models.load_causal_lm(name, **load_options(recipe, device))
     own = model.config.quantization_config
     if "quantization" in recipe.model_fields_set and own.plan() != config.plan():
         raise UserError(
@@ -117,7 +198,9 @@ def _packed(
     return Backbone(model, fingerprint, _factors(model, fingerprint, recipe) if residual else None)
 
 
-def _check_saved(saved: str, name: str, revision: str | None, config: HqqPlusConfig) -> Fingerprint:
+def _check_saved(
+    saved: str, name: str, revision: str | None, config: HqqPlusConfig, calibration: dict[str, Any] | None
+) -> Fingerprint:
     """The fingerprint of the packed model in folder `saved`, which must be `name` quantized as `config` says."""
     fingerprint = Fingerprint.read(saved)
     wanted = {key: value for key, value in config.to_dict().items() if key != "quant_method"}
@@ -127,5 +210,9 @@ def _check_saved(saved: str, name: str, revision: str | None, config: HqqPlusCon
         raise UserError(
             f"quantization.save_to: {saved} holds {fingerprint.describe()}, not what this recipe makes: "
             "name another folder"
+        )
+    if fingerprint.calibration != calibration:
+        raise UserError(
+            f"quantization.save_to: {saved} was quantized with another calibration, or none: name another folder"
         )
     return fingerprint

@@ -1,4 +1,4 @@
-"""What a run settles before it trains: the device, the data, the settings of the trainer, the adapter."""
+"""What a run settles before it trains: the data, and the settings of the trainer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from hqqplus.data import RowForm, load_rows
 from hqqplus.errors import UserError
 from hqqplus.evaluation.perplexity import Windows
 from hqqplus.files import check_output
+from hqqplus.integrations.trl import prepare_rows, sft_config
 from hqqplus.recipe import Recipe
+from hqqplus.recovery.packing import settle_packing
 
 Say = Callable[[str], None]
 
@@ -23,10 +25,42 @@ _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.05, 500
 
 @dataclass(frozen=True)
 class RunData:
-    """Rows to train on, as TRL wants them, and documents to measure on: set name -> texts."""
+    """Rows to train on, as TRL wants them; documents to measure on, set name -> texts; and the training rows as
+    documents, for what looks at text before training."""
 
     train: Any
     texts: dict[str, list[str]]
+    documents: Callable[[], list[str]]
+
+
+class TrainingRows:
+    """The rows to train on, tokenized and packed, once a model has shown whether packed documents stay apart.
+
+    Args:
+        train: as in `RunData`.
+        settings: of the trainer, as `trainer_settings` has them.
+        packing: as in the recipe.
+
+    Attributes:
+        arguments: of the trainer; whether they pack is certain after `of`.
+        rows: None before.
+    """
+
+    def __init__(self, train: Any, tokenizer: Any, settings: dict[str, Any], packing: Any, say: Say) -> None:
+        self.tokenizer, self.arguments, self.rows = tokenizer, sft_config(settings, "recipe"), None
+        self._train, self._settings, self._packing, self._say = train, settings, packing, say
+
+    def of(self, model: Any) -> Any:
+        """The rows; `model` is the one that will be trained, or its parent.
+
+        Raises:
+            UserError: if packing is asked for, and the model lets documents see each other.
+        """
+        if self.rows is None:
+            packing = settle_packing(self._packing, model, say=self._say)
+            self.arguments = sft_config({**self._settings, "packing": packing}, "recipe")
+            self.rows = prepare_rows(self._train, self.tokenizer, self.arguments)
+        return self.rows
 
 
 EVALUATION_SET = "evaluation"
@@ -63,8 +97,8 @@ def load_data(recipe: Recipe, tokenizer: Any, say: Say) -> RunData:
         further = load_rows(path, where=f"evaluation.texts.{name}")
         column = "text" if "text" in further.column_names else further.column_names[0]
         texts[name] = RowForm(text_field=column).documents(further, tokenizer)
-    rows = form.to_sft(rows, tokenizer.eos_token if section.eos else None, unwritten_bos(tokenizer))
-    return RunData(rows if section.eos else without_eos(rows, tokenizer), texts)
+    sft = form.to_sft(rows, tokenizer.eos_token if section.eos else None, unwritten_bos(tokenizer))
+    return RunData(sft if section.eos else without_eos(sft, tokenizer), texts, lambda: form.documents(rows, tokenizer))
 
 
 def unwritten_bos(tokenizer: Any) -> str | None:
@@ -130,7 +164,8 @@ def trainer_settings(recipe: Recipe, device: torch.device, say: Say) -> dict[str
         "output_dir": recipe.output_dir,
         "seed": recipe.seed,
         "max_length": recipe.data.max_length,
-        "packing": recipe.data.packing,
+        # "auto" until there is a model to ask.
+        "packing": recipe.data.packing is not False,
         "eval_packing": False,
         "report_to": [report_to] if isinstance(report_to, str) else list(report_to),
         "run_name": recipe.tracking.run,
@@ -142,37 +177,6 @@ def set_up_tracking(recipe: Recipe) -> None:
     for name, value in (("WANDB_PROJECT", recipe.tracking.project), ("WANDB_MODE", recipe.tracking.mode)):
         if value is not None:
             os.environ.setdefault(name, value)
-
-
-def add_adapter(model: Any, recipe: Recipe) -> Any:
-    """`get_peft_model` as the recipe's adapter section says, with PEFT's own start.
-
-    Raises:
-        UserError: if the target modules name nothing, or the output head.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    section = recipe.adapter
-    targets = section.target_modules
-    config = LoraConfig(
-        r=section.r,
-        lora_alpha=section.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r or sqrt(r): a float is fine
-        lora_dropout=section.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_dora=section.use_dora,
-        use_rslora=section.use_rslora,
-        task_type="CAUSAL_LM",
-    )
-    head: Any = model.get_output_embeddings()
-    try:
-        adapted: Any = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
-    if adapted.get_base_model().get_output_embeddings() is not head:
-        raise UserError(
-            "adapter.target_modules: LoRA on the output head is not supported (its loss is fused): leave it out"
-        )
-    return adapted
 
 
 def as_dataset(windows: Windows) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hqqplus.recipe import Recipe
 from hqqplus.recovery.measure import Measurement
 
 STAGES = ("parent", "quantized", "recovered")
@@ -30,7 +29,6 @@ def further_sets(names: Iterable[str], measured: Mapping[str, Measurement | None
     return {name: {stage: m.perplexities[name] if m else None for stage, m in measured.items()} for name in names}
 
 
-def how_to_load(recipe: Recipe, adapter: Path) -> str:
+def how_to_load(base: str, adapter: Path) -> str:
     """The Python lines that load what the run made."""
-    base = recipe.quantization.save_to or recipe.model.name_or_path
     return f'import hqqplus\n\nmodel = hqqplus.load("{base}", adapter="{adapter}")\n'

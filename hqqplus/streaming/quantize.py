@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from hqqplus.errors import UserError
 from hqqplus.evaluation.layers import Layer, Layers, write_layers
 from hqqplus.files import check_output, check_space, full_disk, replacing_folder, write_json
 from hqqplus.modules import PackedEmbedding, observe_packing, packed_modules
+from hqqplus.modules.replace import check_solutions, solutions_in_use
 from hqqplus.progress import WeightProgress
 from hqqplus.quantization import PackedTensor
 from hqqplus.quantization.statistics import LayerStatistics, layer_statistics
@@ -86,6 +87,7 @@ def quantize_checkpoint(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     versions: dict[str, str] | None = None,
+    calibration: dict[str, Any] | None = None,
     where: str = "model",
     quiet: bool = False,
 ) -> Quantized:
@@ -93,20 +95,23 @@ def quantize_checkpoint(
 
     A call that was interrupted is continued by the same call. `output` is replaced, if it exists, by the last step. A
     checkpoint whose tensors transformers renames or fuses while it loads them (mixtures of experts) is loaded as a
-    whole instead; the reason is logged.
+    whole instead; the reason is logged. Within `modules.replace.packed_already` layers that were solved beforehand are
+    written as they are.
 
     Args:
         quantization: how to pack it.
         revision: branch, tag or commit of a hub model.
         dtype: of what is not packed; "checkpoint" leaves it as loading does, "auto" depends on the device.
         device: where layers are solved; by default the GPU if there is one.
-        versions: of packages, for the fingerprint.
+        versions: of packages, and
+        calibration: how the solutions in use were found, both for the fingerprint.
         where: what to call the model in errors.
         quiet: show no progress.
 
     Raises:
         UserError: if the model cannot be read, is packed already, holds NaN or infinite values, or does not fit on the
-            disk; if `output` cannot be written, or OUTPUT.partial holds the beginning of something else.
+            disk; if solutions made beforehand are of another model or plan; if `output` cannot be written, or
+            OUTPUT.partial holds the beginning of something else.
     """
     from hqqplus.integrations.skeleton import NotStreamable, no_progress_bars
 
@@ -120,7 +125,7 @@ def quantize_checkpoint(
     models.check_folder(name, where)
     place = models.pick_device(device)
     cast_to = None if dtype == "checkpoint" else models.compute_dtype(dtype, place, where)
-    job = _Job(name, output, quantization, cast_to, place, tokenizer, versions or {}, where, quiet)
+    job = _Job(name, output, quantization, cast_to, place, tokenizer, versions or {}, calibration, where, quiet)
     kept: list[str] = []
     try:
         layers, fingerprint, kept = _stream(job, revision, trust_remote_code)
@@ -167,6 +172,7 @@ class _Job:
     device: torch.device
     tokenizer: Any
     versions: dict[str, str]
+    calibration: dict[str, Any] | None
     where: str
     quiet: bool
 
@@ -174,6 +180,10 @@ class _Job:
     def title(self) -> str:
         group = "row" if self.quantization.group_size == -1 else self.quantization.group_size
         return f"{self.base}, {self.quantization.nbits}-bit g{group}"
+
+    def fingerprint(self, model: Any, revision: str | None, sha256: str | None = None) -> Fingerprint:
+        found = models.fingerprint_of(model, self.base, revision, self.versions, sha256)
+        return replace(found, calibration=self.calibration)
 
     def write_companions(self, folder: Path, fingerprint: Fingerprint, layers: Layers) -> None:
         models.write_companions(folder, self.tokenizer, fingerprint)
@@ -225,6 +235,7 @@ def _stream(job: _Job, revision: str | None, trust_remote_code: bool) -> tuple[L
         headers = {file: read_header(folder / file) for file in files}
         dtype = dtype_of(headers[files[0]])
         skeleton = build_skeleton(folder, job.quantization, dtype, job.cast_to, trust_remote_code)
+        check_solutions(skeleton.specs)
         shards = _plan(skeleton, headers)
     settings = {
         "quantization": job.quantization.to_dict(),
@@ -232,6 +243,8 @@ def _stream(job: _Job, revision: str | None, trust_remote_code: bool) -> tuple[L
         "device": job.device.type,
         "hqqplus": job.versions.get("hqqplus"),
     }
+    if (solutions := solutions_in_use()) is not None:
+        settings["solutions"] = solutions.digest
     forms = {shard.name: shard.forms for shard in shards}
     with (
         full_disk(job.output, "output", "make room and run it again, it goes on where it was"),
@@ -258,7 +271,7 @@ def _stream(job: _Job, revision: str | None, trust_remote_code: bool) -> tuple[L
             for path in temporary.iterdir():
                 path.replace(partial.model / path.name)
         sha256 = sha256_of_layers(_packed_tensors(skeleton, [partial.model / shard.name for shard in shards]))
-        fingerprint = models.fingerprint_of(skeleton.model, job.base, revision or commit, job.versions, sha256)
+        fingerprint = job.fingerprint(skeleton.model, revision or commit, sha256)
         job.write_companions(partial.model, fingerprint, report)
         partial.become_output()
     return report, fingerprint, kept
@@ -413,6 +426,8 @@ def _load(job: _Job, options: dict[str, Any]) -> tuple[Layers, Fingerprint]:
 
     with observe_packing(observe):
         model = models.load_causal_lm(job.base, quantization=job.quantization, **options)
+    with models.one_sentence(job.base, job.where):
+        check_solutions(packed_modules(model))
     layers = tuple(
         Layer(name, isinstance(module, PackedEmbedding), found[name])
         for name, module in packed_modules(model).items()
@@ -421,7 +436,7 @@ def _load(job: _Job, options: dict[str, Any]) -> tuple[Layers, Fingerprint]:
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}  # tied ones once
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     report = Layers(job.title, layers, size)
-    fingerprint = models.fingerprint_of(model, job.base, options["revision"], job.versions)
+    fingerprint = job.fingerprint(model, options["revision"])
     check_space(job.output, size + _SMALL_BYTES, "output")
     with full_disk(job.output, "output"), replacing_folder(job.output) as temporary:
         model.save_pretrained(temporary)

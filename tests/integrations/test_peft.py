@@ -6,20 +6,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging import version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hqqplus import HqqPlusConfig
-from hqqplus.integrations.peft import PackedLoraLinear
+from hqqplus.adapters import round_adapter
+from hqqplus.errors import UserError
+from hqqplus.integrations.peft import PackedLoraLinear, add_gains, gain_parameters, norm_modules, train_in_float32
 from hqqplus.modules import PackedLinear, packed_modules
 from hqqplus.quantization import QuantSpec
 from tests.conftest import load_benchmark
 
 IDS = torch.arange(3, 35).view(1, -1)
+lora_only = pytest.param(
+    "lora_only",
+    marks=pytest.mark.xfail(
+        version.parse(peft.__version__) < version.parse("0.21"),
+        strict=True,
+        reason="PEFT 0.20 looks for the biases where those of unwrapped layers are, and saves none",
+    ),
+)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -363,3 +376,260 @@ def test_a_model_learns_the_same_with_pefts_forward_pass(packed: Path, monkeypat
     monkeypatch.setattr(PackedLoraLinear, "forward", PeftLoraLinear.forward)
     assert ours == pytest.approx(losses(), rel=1e-5)
     assert ours[-1] < ours[0]
+
+
+# Gains.
+
+
+def randomise(gains: list[nn.Parameter], size: float = 0.2) -> None:
+    with torch.no_grad():
+        for gain in gains:
+            gain.normal_(0, size)
+
+
+def with_gains(packed: Path, **arguments: Any) -> Any:
+    model = adapted(packed, **arguments).eval()
+    add_gains(model)
+    randomise(gain_parameters(model))
+    return model
+
+
+def dense_gained(layer: PackedLoraLinear, x: Tensor, names: list[str]) -> Tensor:
+    """y = r (W (c x)) + bias + LoRA of x, in float64 from the dequantized matrix."""
+    x, base = x.double(), layer.base_layer
+    inner = outer = torch.ones(())
+    for name in (name for name in names if name in layer.lora_gain_in):
+        inner, outer = (
+            inner * (1 + layer.lora_gain_in[name].double()),
+            outer * (1 + layer.lora_gain_out[name].double()),
+        )
+    y = (x * inner) @ base.dequantize(torch.float64).t() * outer
+    y = y if base.bias is None else y + base.bias.double()
+    for name in names:
+        y = (
+            y
+            + layer.scaling[name]
+            * (x @ layer.lora_A[name].weight.double().t())
+            @ layer.lora_B[name].weight.double().t()
+        )
+    return y
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gains_are_the_dense_formula_on_every_route(bias: bool, hooked: bool) -> None:
+    layer = layer_with({}, {"r": 2}, {"r": 3}, bias=bias)
+    for name in ("0", "1"):
+        layer.add_gains(name)
+    randomise([*layer.lora_gain_in.values(), *layer.lora_gain_out.values()])
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 5, IN, requires_grad=True)
+    for names in (["0"], ["1"], ["2"], ["0", "1", "2"], ["0", "2"]):
+        layer.set_adapter(names)
+        y = layer(x)
+        assert is_fused(y) != hooked
+        expected = dense_gained(layer, x, names)
+        assert (y - expected).norm() <= 1e-5 * expected.norm()
+        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        found = torch.autograd.grad(y, wanted, torch.ones_like(y))
+        exact = torch.autograd.grad(expected, wanted, torch.ones_like(expected))
+        assert all((one - other).norm() <= 1e-4 * other.norm() + 1e-6 for one, other in zip(found, exact, strict=True))
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gains_under_autocast_give_what_the_called_base_layer_gives(dropout: float) -> None:
+    layer = layer_with({"lora_dropout": dropout}, bias=True)
+    layer.add_gains("0")
+    randomise([*layer.lora_gain_in.values(), *layer.lora_gain_out.values()])
+    x = torch.randn(2, 5, IN, requires_grad=True)
+    with torch.autocast("cpu"):
+        fused = outputs_and_gradients(PackedLoraLinear.forward, layer, x)
+        called = outputs_and_gradients(lambda m, x: m._gained_forward(x.bfloat16(), ["0"]), layer, x)
+    assert is_fused(fused[0])
+    assert [t.dtype for t in fused] == [t.dtype for t in called]
+    for one, other in zip(fused, called, strict=True):
+        assert (one - other).float().norm() <= 0.02 * other.float().norm()
+
+
+def test_gains_start_at_one_and_are_trained_with_the_adapter(packed: Path) -> None:
+    model = adapted(packed).train()
+    start = model(IDS).logits
+    assert add_gains(model) == len(packed_modules(model)) == 14
+    assert torch.equal(model(IDS).logits, start)
+    sizes = [m.in_features + m.out_features for m in packed_modules(model).values()]
+    assert sum(p.numel() for p in gain_parameters(model)) == sum(sizes)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(bool((p != 0).all()) for p in gain_parameters(model))
+    assert losses[-1] < losses[0] - 0.1
+    assert add_gains(model) == 14  # and what is there stays
+    assert all(bool(p.any()) for p in gain_parameters(model))
+
+
+def test_the_gains_of_llama_3_8b_are_5_mb() -> None:
+    """In 16 bits, counted on the meta device: 32 layers of these projections."""
+    hidden, small, wide = 4096, 1024, 14336
+    shapes = [(hidden, hidden), (hidden, small), (hidden, small), (hidden, hidden)]
+    shapes += [(hidden, wide), (hidden, wide), (wide, hidden)]
+    model = nn.Sequential(*(PackedLinear(width, out, False, QuantSpec(2, 64), device="meta") for width, out in shapes))
+    peft = get_peft_model(model, LoraConfig(r=1, target_modules=[str(i) for i in range(7)]), low_cpu_mem_usage=True)
+    add_gains(peft)
+    assert 32 * 2 * sum(p.numel() for p in gain_parameters(peft)) == 5_242_880
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_gains_are_saved_and_come_back_through_every_door(
+    packed: Path, tmp_path: Path, task: str | None, low_cpu_mem_usage: bool
+) -> None:
+    model = with_gains(packed, task_type=task)
+    logits = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as tensors:
+        keys = [key for key in tensors.keys() if "gain" in key]  # noqa: SIM118  # not a dict
+    assert len(keys) == 28
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_gain_in" in keys
+    fresh = PeftModel.from_pretrained(load(packed), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(fresh(IDS).logits, logits)
+    assert not any(p.requires_grad for p in gain_parameters(fresh))
+    trainable = PeftModel.from_pretrained(load(packed), tmp_path, is_trainable=True)
+    assert all(p.requires_grad for p in gain_parameters(trainable))
+    second = adapted(packed)
+    second.load_adapter(tmp_path, "second")
+    second.set_adapter("second")
+    assert torch.equal(second.eval()(IDS).logits, logits)
+    if task is not None:  # PEFT drops the mark that transformers' own loading needs
+        assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, logits)
+        direct = load(packed)
+        direct.load_adapter(str(tmp_path))
+        assert torch.equal(direct(IDS).logits, logits)
+
+
+def test_gains_belong_to_one_adapter(packed: Path, tmp_path: Path) -> None:
+    base, one, two = load(packed)(IDS).logits, with_gains(packed), adapted(packed, r=8).eval()
+    expected = [m(IDS).logits for m in (one, two)]
+    one.save_pretrained(tmp_path / "one")
+    two.save_pretrained(tmp_path / "two")
+    both = PeftModel.from_pretrained(load(packed), tmp_path / "one", adapter_name="one").eval()
+    both.load_adapter(tmp_path / "two", "two")
+    for name, logits in zip(("one", "two"), expected, strict=True):
+        both.set_adapter(name)
+        assert torch.equal(both(IDS).logits, logits)
+    with both.disable_adapter():
+        assert torch.equal(both(IDS).logits, base)
+    mixed = both(IDS.repeat(3, 1), adapter_names=["two", "one", "__base__"]).logits
+    for row, logits in zip(mixed, (expected[1], expected[0], base), strict=True):
+        torch.testing.assert_close(row, logits[0], rtol=1e-4, atol=1e-4)
+    both.delete_adapter("one")
+    assert gain_parameters(both) == []
+
+
+def test_gains_of_8_bit_activations() -> None:
+    layer = layer_with({}, bias=True)
+    one_bit = PackedLinear.from_linear(nn.Linear(IN, OUT), QuantSpec(1, 32))
+    layer.base_layer = one_bit
+    layer.add_gains("0")
+    randomise([*layer.lora_gain_in.values(), *layer.lora_gain_out.values()])
+    one_bit.compute = "int8"
+    x = torch.randn(40, IN)
+    with torch.no_grad():
+        assert one_bit.takes_int8()
+        y = layer(x)
+    expected = dense_gained(layer, x, ["0"])
+    assert 1e-5 < (y - expected).norm() / expected.norm() < 0.02
+
+
+def test_gains_beside_anything_but_plain_lora_are_refused(packed: Path) -> None:
+    with pytest.raises(UserError, match="without use_dora"):
+        add_gains(adapted(packed, use_dora=True))
+    with pytest.raises(UserError, match="no adapter 'other'"):
+        add_gains(adapted(packed), "other")
+    layer = layer_with({}, {"use_dora": True})
+    layer.add_gains("0")
+    with pytest.raises(ValueError, match="cannot be active beside"):
+        layer(torch.randn(3, IN))
+
+
+# Norms and biases.
+
+
+def test_norms_are_found_by_what_they_are(packed: Path, random_model: Callable[..., Path]) -> None:
+    # "norm" alone is the end of every name: what PEFT takes by it are norms, all of them.
+    assert norm_modules(load(packed)) == ["input_layernorm", "norm", "post_attention_layernorm"]
+    found = norm_modules(AutoModelForCausalLM.from_pretrained(random_model("qwen3")))
+    assert found == ["input_layernorm", "k_norm", "norm", "post_attention_layernorm", "q_norm"]
+    assert norm_modules(nn.Linear(8, 8)) == []
+    # Where the end of a name would take another module too, whole names; where those do, nothing would be right.
+    model = nn.ModuleDict(
+        {"a": nn.ModuleDict({"norm": nn.RMSNorm(8)}), "b": nn.ModuleDict({"no_norm": nn.Linear(8, 8)})}
+    )
+    assert norm_modules(model) == ["a.norm"]
+    with pytest.raises(UserError, match="cannot tell them apart"):
+        norm_modules(nn.ModuleDict({"norm": nn.LayerNorm(8), "no_norm": nn.Linear(8, 8)}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norms_and_biases_take_small_steps_in_a_16_bit_model(packed: Path, tmp_path: Path, autocast: bool) -> None:
+    def trained_model() -> Any:
+        base = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
+        config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=norm_modules(base), bias="all")
+        return get_peft_model(base, config)
+
+    plain, model = trained_model(), trained_model()
+    with torch.autocast("cpu", enabled=autocast):
+        expected = plain(IDS).logits
+        assert train_in_float32(model) == 5 + 6
+        assert train_in_float32(model) == 0
+        assert torch.equal(model(IDS).logits, expected)
+    for m in (plain, model):
+        trained = [p for p in m.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0)
+        for _ in range(3):
+            with torch.autocast("cpu", enabled=autocast):
+                m(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    norms = [[p for n, p in m.named_parameters() if "modules_to_save" in n] for m in (plain, model)]
+    assert all(bool((p == 1).all()) for p in norms[0])  # where every step is lost
+    assert all(bool((p != 1).any()) for p in norms[1])
+    assert {p.dtype for p in norms[1]} == {torch.float32}
+    round_adapter(model)
+    model.eval()
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16), tmp_path)
+    assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("bias", ["none", lora_only, "all"])
+def test_norms_and_biases_are_trained_saved_and_come_back(packed: Path, tmp_path: Path, bias: str) -> None:
+    model = adapted(packed, modules_to_save=norm_modules(load(packed)), bias=bias).train()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = {n: p.clone() for n, p in trained.items()}
+    assert sum("modules_to_save" in n for n in trained) == 5
+    assert sum(n.endswith("base_layer.bias") for n in trained) == (0 if bias == "none" else 6)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[n]) for n, p in trained.items() if "k_proj.base_layer.bias" not in n)
+    model.eval()
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(load(packed), tmp_path)
+    assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+    for name, parameter in fresh.named_parameters():
+        if name in trained:
+            assert torch.equal(parameter, trained[name])
+    again = load(packed)
+    with fresh.disable_adapter():
+        if bias == "none":
+            assert torch.equal(fresh(IDS).logits, again(IDS).logits)

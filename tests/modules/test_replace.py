@@ -5,8 +5,18 @@ import torch
 from torch import nn
 
 from hqqplus.modules import PackedEmbedding, PackedLinear, observe_packing, packed_modules
-from hqqplus.modules.replace import bits_per_weight, model_bytes, pack_module, plan_modules, unpack_modules
-from hqqplus.quantization import QuantPlan, QuantSpec
+from hqqplus.modules.replace import (
+    Solutions,
+    bits_per_weight,
+    check_solutions,
+    model_bytes,
+    pack_module,
+    packed_already,
+    plan_modules,
+    solutions_in_use,
+    unpack_modules,
+)
+from hqqplus.quantization import QuantPlan, QuantSpec, quantize
 
 SPEC = QuantSpec(2, 32, metadata_bits=16)
 
@@ -72,6 +82,39 @@ def test_observers_see_weight_and_packed_form_only_within_the_block() -> None:
         pack_module(model, "up", model.up.weight, SPEC, torch.float32)
     pack_module(model, "down", model.down.weight, SPEC, torch.float32)
     assert seen == [("up", True, SPEC)]
+
+
+def test_what_is_solved_already_is_packed_as_it_is_and_seen_by_observers() -> None:
+    model, seen = Toy(), {}
+    other = quantize(torch.randn(64, 32), SPEC)
+    solutions = Solutions({"up": other}, "digest")
+    with packed_already(solutions), observe_packing(lambda name, full, packed: seen.update({name: packed})):
+        assert solutions_in_use() is solutions
+        pack(model, QuantPlan(SPEC))
+    assert solutions_in_use() is None
+    assert isinstance(model.up, PackedLinear)
+    assert torch.equal(model.up.dequantize(), other.dequantize())
+    assert torch.equal(seen["up"].W_q, other.W_q)
+    plain = Toy()
+    pack(plain, QuantPlan(SPEC))
+    assert torch.equal(model.down.W_q, plain.down.W_q)
+    assert not torch.equal(model.up.W_q, plain.up.W_q)
+
+
+def test_solutions_of_another_form_or_model_are_refused() -> None:
+    model = Toy()
+    for weight, spec in ((torch.randn(64, 32), SPEC.replace(nbits=4)), (torch.randn(32, 64), SPEC)):
+        with (
+            packed_already(Solutions({"up": quantize(weight, spec)}, "")),
+            pytest.raises(ValueError, match=r"up\.weight: its solution is .* asked for is .*\(64, 32\)"),
+        ):
+            pack(model, QuantPlan(SPEC))
+        assert type(model.up) is nn.Linear
+    with packed_already(Solutions({"up": quantize(torch.randn(64, 32), SPEC)}, "")):
+        check_solutions(["up", "down"])
+        with pytest.raises(ValueError, match="a solution for up, which is no module that this model packs"):
+            check_solutions(["down"])
+    check_solutions([])
 
 
 def test_a_bad_weight_is_named() -> None:

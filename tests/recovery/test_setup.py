@@ -12,11 +12,10 @@ import datasets
 import pytest
 import torch
 
-from hqqplus import HqqPlusConfig, models
+from hqqplus import models
 from hqqplus.errors import UserError
 from hqqplus.evaluation.perplexity import Windows
 from hqqplus.integrations.trl import sft_config
-from hqqplus.modules import PackedLinear
 from hqqplus.recipe import Recipe
 from hqqplus.recovery import setup
 
@@ -302,47 +301,30 @@ def test_the_users_environment_wins(make: Callable[..., Recipe], monkeypatch: py
     assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_MODE"]) == ("theirs", "disabled")
 
 
-# The adapter ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def packed(random_model: Callable[..., Path]) -> Any:
-    return models.load_causal_lm(str(random_model("llama")), quantization=HqqPlusConfig(nbits=2, group_size=32))
-
-
-def test_the_adapter_follows_its_section(make: Callable[..., Recipe], packed: Any) -> None:
-    section = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.25, "target_modules": ["q_proj", "up_proj"]}
-    model = setup.add_adapter(packed.requires_grad_(False), make(adapter=section))
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    assert {name.rsplit(".", 1)[1] for name in layers} == {"q_proj", "up_proj"}
-    assert len(layers) == 4
-    for layer in layers.values():
-        assert isinstance(layer.get_base_layer(), PackedLinear)
-        assert (layer.r["default"], layer.scaling["default"]) == (3, 2.0)
-        assert layer.lora_dropout["default"].p == 0.25
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all("lora_" in name for name in trained)
-    assert len(trained) == 8
-
-
-def test_all_linear_leaves_the_head_alone(make: Callable[..., Recipe], packed: Any) -> None:
-    model = setup.add_adapter(packed, make())
-    assert sum(hasattr(module, "lora_A") for module in model.modules()) == 14
-    assert not hasattr(model.get_base_model().lm_head, "lora_A")
-
-
-@pytest.mark.parametrize("targets", [["nothing"], "nothing_.*"])
-def test_targets_that_match_nothing_are_refused(make: Callable[..., Recipe], packed: Any, targets: Any) -> None:
-    with pytest.raises(UserError, match=r"^adapter\.target_modules: .*nothing") as caught:
-        setup.add_adapter(packed, make(adapter={"target_modules": targets}))
-    assert "\n" not in str(caught.value)
-
-
-def test_lora_on_the_head_is_refused(make: Callable[..., Recipe], packed: Any) -> None:
-    with pytest.raises(UserError, match=r"^adapter\.target_modules: LoRA on the output head is not supported"):
-        setup.add_adapter(packed, make(adapter={"target_modules": ["q_proj", "lm_head"]}))
-
-
 def test_windows_as_the_data_set_that_the_trainer_asks_for() -> None:
     rows = setup.as_dataset(Windows((torch.tensor([1, 2, 3]), torch.tensor([4, 5]))))
     assert list(rows["input_ids"]) == [[1, 2, 3], [4, 5]]
+
+
+def test_rows_are_prepared_once_and_packed_where_documents_stay_apart(
+    make: Callable[..., Recipe], random_model: Callable[..., Path], said: list[str]
+) -> None:
+    from hqqplus import models
+
+    name = str(random_model("llama"))
+    model, tokenizer = models.load_causal_lm(name, dtype="float32", device="cpu"), models.load_tokenizer(name)
+    recipe = make(data={"max_length": 64})
+    train = setup.load_data(recipe, tokenizer, said.append).train
+
+    def rows(packing: Any) -> setup.TrainingRows:
+        return setup.TrainingRows(train, tokenizer, settings(recipe, CPU, said), packing, said.append)
+
+    packed = rows("auto")
+    assert packed.rows is None
+    found = packed.of(model)
+    assert packed.of(None) is found
+    assert packed.arguments.packing
+    assert "seq_lengths" in found.column_names
+    plain = rows(False)
+    assert len(plain.of(model)) == len(train) > len(found)
+    assert not plain.arguments.packing

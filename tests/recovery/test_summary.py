@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from hqqplus.recipe import Recipe
 from hqqplus.recovery.measure import Measurement
 from hqqplus.recovery.summary import curve, further_sets, how_to_load, side_by_side
 
@@ -41,21 +40,10 @@ def test_further_sets_leave_out_the_evaluation_set() -> None:
     assert further_sets(["stories"], MEASURED) == {"stories": {"parent": None, "quantized": 5.0, "recovered": 4.0}}
 
 
-@pytest.mark.parametrize(("quantization", "base"), [({}, "some/model"), ({"save_to": "runs/base"}, "runs/base")])
-def test_how_to_load_runs_and_names_the_packed_base(
-    monkeypatch: pytest.MonkeyPatch, quantization: dict[str, Any], base: str
-) -> None:
-    recipe = Recipe.model_validate(
-        {
-            "model": {"name_or_path": "some/model"},
-            "quantization": quantization,
-            "data": {"path_or_name": "rows.jsonl"},
-            "output_dir": "runs/it",
-        }
-    )
+def test_how_to_load_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     import hqqplus
 
     monkeypatch.setattr(hqqplus, "load", lambda *args, **kwargs: (args, kwargs), raising=False)
     scope: dict[str, Any] = {}
-    exec(how_to_load(recipe, Path("runs/it/adapter")), scope)
-    assert scope["model"] == ((base,), {"adapter": "runs/it/adapter"})
+    exec(how_to_load("runs/base", Path("runs/it/adapter")), scope)
+    assert scope["model"] == (("runs/base",), {"adapter": "runs/it/adapter"})

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from hqqplus import HqqPlusConfig, files, models
 from hqqplus.adapters.fingerprint import Fingerprint, packed_sha256
 from hqqplus.errors import UserError
 from hqqplus.modules import bits_per_weight, observe_packing, packed_modules
+from hqqplus.modules.replace import Solutions, packed_already
+from hqqplus.quantization import PackedTensor, QuantSpec, SolverOptions, quantize
 from hqqplus.shards import read_header
 from hqqplus.streaming import Quantized, partial, quantize_checkpoint
 from hqqplus.streaming import quantize as streaming
@@ -288,6 +291,64 @@ def test_the_other_reasons(
         assert reason in caplog.text
         while_loading(parent, tmp_path / str(number) / "theirs", config)
         same_tensors(tmp_path / str(number) / "ours", tmp_path / str(number) / "theirs")
+
+
+# Layers that are solved already -------------------------------------------------------------------------------------
+
+
+class Dying(dict[str, PackedTensor]):
+    """Solutions whose reader is interrupted at one of them."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name == "model.layers.1.mlp.up_proj":
+            raise KeyboardInterrupt
+        return super().get(name, default)
+
+
+def others(parent: Path, config: HqqPlusConfig) -> dict[str, PackedTensor]:
+    """Something else for two layers: what their weights are quantized to with a gain."""
+    model, plan = AutoModelForCausalLM.from_pretrained(parent), config.plan()
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj")
+    options = SolverOptions(gain=1.0)
+    return {n: quantize(model.get_submodule(n).weight.detach(), plan.spec_for(n), options) for n in names}
+
+
+def test_solutions_are_written_and_a_job_begun_with_others_is_not_continued(
+    parent: Path, whole: Quantized, tmp_path: Path
+) -> None:
+    found = others(parent, HqqPlusConfig(**MIXED))
+    with packed_already(Solutions(Dying(found), "one")), pytest.raises(KeyboardInterrupt):
+        made(parent, tmp_path / "out")
+    for solutions, says in ((Solutions(found, "two"), "one -> two"), (None, "one -> None")):
+        with (
+            packed_already(solutions) if solutions else nullcontext(),
+            pytest.raises(UserError, match=rf"with other settings \(solutions: {says}\)"),
+        ):
+            made(parent, tmp_path / "out")
+    with packed_already(Solutions(found, "one")):
+        result = made(parent, tmp_path / "out")
+        while_loading(parent, tmp_path / "loaded")
+    assert result.kept
+    same_tensors(tmp_path / "out", tmp_path / "loaded")
+    written, plain = tensors(tmp_path / "out"), tensors(whole.folder)
+    for name, packed in found.items():
+        for key, tensor in packed.state().items():
+            assert torch.equal(written.pop(f"{name}.{key}"), tensor)
+            plain.pop(f"{name}.{key}")
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in written.items())
+    nmse = {layer.name: layer.statistics.nmse for layer in result.layers.layers}
+    before = {layer.name: layer.statistics.nmse for layer in whole.layers.layers}
+    assert {name for name, value in nmse.items() if value != before[name]} == set(found)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
+def test_solutions_of_another_model_are_refused_on_both_routes(
+    random_model: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    stranger = Solutions({"model.layers.7.self_attn.q_proj": quantize(torch.randn(64, 64), QuantSpec())}, "")
+    with packed_already(stranger), pytest.raises(UserError, match=r"a solution for model.layers.7.self_attn.q_proj"):
+        made(random_model(kind), tmp_path / "out", HqqPlusConfig())
+    assert not (tmp_path / "out").exists()
 
 
 # Interruptions -------------------------------------------------------------------------------------------------------

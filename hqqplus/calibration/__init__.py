@@ -1,0 +1,1 @@
+"""Activation statistics, and layers reconstructed from them block by block."""

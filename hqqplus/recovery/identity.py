@@ -1,0 +1,105 @@
+"""What a cache of a teacher was made of: rows, tokenizer, parent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hqqplus.recovery.rows import Survey, digest_of
+
+# Of the beginning and the end of each tensor of a checkpoint, what is read to tell it from another.
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the contents of a cache depend on.
+
+    Attributes:
+        data, tokenizer, parent: digests of the rows, the vocabulary, and config and weights of the parent.
+        precision: in which the parent was computed, such as "bfloat16" or "8bit".
+        name, revision: of the parent, for a reader; a copy of it in another folder is the same parent.
+    """
+
+    data: str
+    tokenizer: str
+    parent: str
+    precision: str
+    name: str = field(compare=False)
+    revision: str | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        rows: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        precision: str,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        where: str = "model.name_or_path",
+    ) -> Identity:
+        """Of prepared training `rows`, their tokenizer, and the parent `name`, a folder or a hub id.
+
+        Raises:
+            UserError: if there is no such parent.
+        """
+        folder, commit = _parent_folder(name, revision, trust_remote_code, where)
+        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode()
+        return cls(
+            data=Survey.of(rows).digest,
+            tokenizer=digest_of([vocabulary]),
+            parent=checkpoint_digest(folder),
+            precision=precision,
+            name=name,
+            revision=commit or revision,
+        )
+
+    def differences(self, other: Identity) -> list[str]:
+        """What `other` has that differs, in words."""
+        found = [text for name, text in _DIFFERENCES.items() if getattr(self, name) != getattr(other, name)]
+        if self.parent != other.parent:
+            found.append(f"another parent ({other.name}, here {self.name})")
+        if self.precision != other.precision:
+            found.append(f"another precision of the parent ({other.precision}, here {self.precision})")
+        return found
+
+
+_DIFFERENCES = {"data": "other training rows", "tokenizer": "another tokenizer"}
+
+
+def _parent_folder(name: str, revision: str | None, trust_remote_code: bool, where: str) -> tuple[Path, str | None]:
+    from hqqplus import models
+    from hqqplus.streaming.checkpoint import fetch
+
+    if models.is_local(name, where):
+        models.check_folder(name, where)
+        return Path(models.resolve_name(name)), None
+    with models.one_sentence(name, where):
+        folder, _, commit = fetch(name, revision, trust_remote_code, where)
+    return folder, commit
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """A digest of a checkpoint: its config, the layout of its safetensors files, both ends of each tensor.
+
+    No training leaves the ends of every tensor as they were; reading a whole checkpoint at each start would take
+    minutes.
+    """
+    from hqqplus.shards import read_header
+
+    def parts() -> Iterator[bytes]:
+        yield (folder / "config.json").read_bytes()
+        for path in sorted(folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                for name, tensor in sorted(read_header(path).items()):
+                    yield f"{name} {tensor.dtype} {tensor.shape}".encode()
+                    for start in (0, max(0, tensor.size - _SAMPLE_BYTES)):
+                        file.seek(tensor.start + start)
+                        yield file.read(min(_SAMPLE_BYTES, tensor.size))
+
+    return digest_of(parts())
