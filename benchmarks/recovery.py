@@ -64,19 +64,44 @@ CALIBRATION_SHARE = 0.5
 """Of a budget, what a block-wise reconstruction gets."""
 
 
-def data_of(model: str, tuning: bool) -> dict[str, Any]:
+def data_of(model: str, tuning: bool, folder: str | Path) -> dict[str, Any]:
+    """The data section. Without packing: on a CPU attention over packed rows costs what it leaves out."""
     if model == EMBEDDED:
-        # The first rows tune and the others are trained on; the validation split is only measured.
-        rows = {"split": "train[500:]", "eval_split": "train[:120]" if tuning else "validation"}
-        return {"path_or_name": EMBEDDED, **rows, "max_length": LENGTH, "packing": True}
-    stories = SHARED / "data" / "tinystories"
-    held_out = stories / ("train_v1.jsonl" if tuning else "validation.jsonl")
-    return {
-        "path_or_name": str(stories / "train_v2.jsonl"),
-        "eval_path_or_name": str(held_out),
-        "max_length": LENGTH,
-        "packing": True,
-    }
+        rows = {"path_or_name": str(pydoc_rows(Path(folder), tuning))}
+        held_out = {"eval_path_or_name": EMBEDDED, "eval_split": "train[500:]" if tuning else "validation"}
+    else:
+        stories = SHARED / "data" / "tinystories"
+        rows = {"path_or_name": str(stories / "train_v2.jsonl")}
+        held_out = {"eval_path_or_name": str(stories / ("train_v1.jsonl" if tuning else "validation.jsonl"))}
+    return {**rows, **held_out, "max_length": LENGTH, "packing": False}
+
+
+def pydoc_rows(folder: Path, tuning: bool) -> Path:
+    """The embedded corpus in rows of `LENGTH` tokens, since most of it is in a few long documents."""
+    from hqqplus import models
+    from hqqplus.data import load_rows
+
+    path, tokenizer = folder / "pydoc.jsonl", models.load_tokenizer(EMBEDDED)
+    texts = load_rows(EMBEDDED, "train[:500]" if tuning else "train")["text"]
+    lines = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        cuts = (ids[start : start + LENGTH - 2] for start in range(0, len(ids), LENGTH - 2))
+        lines += [json.dumps({"text": tokenizer.decode(cut)}) for cut in cuts if len(cut) >= 32]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tokens_a_row(model: str, path: str) -> float:
+    """Mean number of tokens of a training row as it is trained on: BOS, text and EOS, cut at `LENGTH`."""
+    from hqqplus import models
+    from hqqplus.data import load_rows
+
+    tokenizer = models.load_tokenizer(model if model == EMBEDDED else str(SHARED / "models" / model))
+    rows = load_rows(path)
+    texts = rows["text" if "text" in rows.column_names else rows.column_names[0]]
+    lengths = [len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) + 2 for text in texts]
+    return sum(min(LENGTH, length) for length in lengths) / len(lengths)
 
 
 def recipe_of(job: dict[str, Any], output_dir: str) -> dict[str, Any]:
@@ -93,19 +118,21 @@ def recipe_of(job: dict[str, Any], output_dir: str) -> dict[str, Any]:
         budget -= calibration["samples"] * calibration["length"] * passes
     rate = job["learning_rate"]
     rank = RANKS[model]
+    data = data_of(model, tuning, output_dir)
+    steps = max(1, round(budget / (BATCH * tokens_a_row(model, data["path_or_name"]))))
     return {
         "model": {"name_or_path": name, "dtype": "float32"},
         "quantization": {
             "nbits": job["nbits"],
             "group_size": job["group_size"],
-            "save_to": None if calibration else f"{output_dir}/base",
+            "save_to": f"{output_dir}/run/base",
         },
         "calibration": calibration,
         "adapter": {"r": rank, "target_modules": PROJECTIONS, **{**PLAIN["adapter"], **change.get("adapter", {})}},
         "recovery": {**change.get("recovery", {}), "scales_learning_rate": job["scales_learning_rate"]},
-        "data": data_of(model, tuning),
+        "data": data,
         "training": {
-            "max_steps": max(1, budget // (BATCH * LENGTH)),
+            "max_steps": steps,
             "per_device_train_batch_size": BATCH,
             "learning_rate": rate,
             "lr_scheduler_type": "cosine",
@@ -170,13 +197,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 def ours(recipe: Any) -> dict[str, Any]:
     import hqqplus
     from hqqplus.modules import packed_modules
-    from hqqplus.train import ADAPTER_FOLDER, BACKBONE_FOLDER, run
+    from hqqplus.train import ADAPTER_FOLDER, run
 
     report = run(recipe)
     output = Path(recipe.output_dir)
-    baked = recipe.recovery.scales == "bake"
-    base = output / BACKBONE_FOLDER if baked else Path(recipe.quantization.save_to or output / "base")
-    model = hqqplus.load(str(base), adapter=str(output / ADAPTER_FOLDER), dtype="float32", device="cpu")
+    # With the packed folder that the run left beside it.
+    model = hqqplus.load(str(output / ADAPTER_FOLDER), dtype="float32", device="cpu")
     layers = packed_modules(model).values()
     weights = sum(layer.matrix_shape[0] * layer.matrix_shape[1] for layer in layers)
     sizes = {
@@ -242,33 +268,38 @@ def reference(recipe: Any, job: dict[str, Any], train: Any, tokenizer: Any) -> d
 # Which runs ----------------------------------------------------------------------------------------------------------
 
 KEY = ("model", "nbits", "group_size", "method", "seed", "tokens", "learning_rate", "scales_learning_rate", "tuning")
-RATES = (1e-3, 2e-3, 5e-3)
-SCALES_RATE = 5e-3
+RATES = {REFERENCE: (5e-3, 1e-2, 2e-2, 5e-2), TOGETHER: (2e-3, 5e-3, 1e-2)}
+SCALES_TIMES = 5.0
+"""The learning rate of group scales (in units of themselves), and of gains, over that of LoRA."""
+TARGETS = ((2, 64), (1, 32))
+"""The formats that all seeds are run at; the others are run with the first one."""
 
 
 def tuning_jobs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for model in args.models:
-        for nbits, group_size in ((2, 64), (1, 32)):
-            for method in (REFERENCE, TOGETHER):
-                for rate in RATES:
+        for nbits, group_size in TARGETS:
+            for method, rates in RATES.items():
+                for rate in rates:
                     yield job_of(args, model, nbits, group_size, method, 0, rate, True)
 
 
 def jobs(args: argparse.Namespace, rates: dict[tuple[str, int, str], float]) -> Iterator[dict[str, Any]]:
-    """Seed by seed; the reference and all levers everywhere, single levers where `--alone` says."""
+    """The reference and all levers together, seed by seed; then each lever alone where `--alone` says."""
+
+    def job(model: str, cell: tuple[int, int], method: str, seed: int) -> dict[str, Any]:
+        tuned_as = REFERENCE if method == REFERENCE else TOGETHER
+        return job_of(args, model, *cell, method, seed, rates.get((model, cell[0], tuned_as), 2e-3), False)
+
     for seed in args.seeds:
         for model in args.models:
-            for nbits, group_size in FORMATS:
+            for cell in FORMATS if seed == args.seeds[0] else TARGETS:
                 for method in (REFERENCE, TOGETHER):
-                    rate = rates.get((model, nbits, method), 2e-3)
-                    yield job_of(args, model, nbits, group_size, method, seed, rate, False)
-        if seed == args.seeds[0]:
-            for model in args.alone:
-                for nbits, group_size in ((2, 64), (1, 32)):
-                    for method in METHODS:
-                        if method != TOGETHER:
-                            rate = rates.get((model, nbits, TOGETHER), 2e-3)
-                            yield job_of(args, model, nbits, group_size, method, seed, rate, False)
+                    yield job(model, cell, method, seed)
+    for model in args.alone:
+        for cell in TARGETS:
+            for method in METHODS:
+                if method != TOGETHER:
+                    yield job(model, cell, method, args.seeds[0])
 
 
 def job_of(
@@ -289,7 +320,7 @@ def job_of(
         "seed": seed,
         "tokens": args.tokens // 2 if tuning else args.tokens,
         "learning_rate": rate,
-        "scales_learning_rate": SCALES_RATE,
+        "scales_learning_rate": SCALES_TIMES * rate,
         "tuning": tuning,
         "eval_tokens": 4000 if tuning else args.eval_tokens,
     }
@@ -319,7 +350,7 @@ def one_line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=400_000, help="budget of a run")
+    parser.add_argument("--tokens", type=int, default=200_000, help="budget of a run")
     parser.add_argument("--eval-tokens", type=int, default=16_000)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--alone", nargs="*", default=list(MODELS[:2]), help="models on which single levers run")

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import recovery_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -37,14 +40,6 @@ def methods(result: dict[str, Any]) -> str:
         figures = f"{row['perplexity']:.2f} | {row['drop']:.3f}"
         size = f"{row['bits_per_weight']:.2f} | {row['bytes']:,} | {row['seconds_load']:.2f}"
         lines.append(f"| {row['method']} | {size} | {figures} |")
-    return "\n".join(lines)
-
-
-def recovery_vs_reference(result: dict[str, Any]) -> str:
-    lines = ["| route | text | parent | quantized | recovered | gap |", "|---|---|---|---|---|---|"]
-    for row in result["rows"]:
-        figures = " | ".join(f"{row[stage]:.2f}" for stage in ("parent", "quantized", "recovered"))
-        lines.append(f"| {row['route']} | {row['set']} | {figures} | {row['ln_gap']:.3f} |")
     return "\n".join(lines)
 
 
@@ -88,16 +83,18 @@ def cpu(result: dict[str, Any]) -> str:
 
 
 def render(file: str) -> str:
-    path = ROOT / file
+    name, _, part = file.partition("#")
+    path = ROOT / name
     makers = {
         "solver": solver,
         "methods": methods,
-        "recovery_vs_reference": recovery_vs_reference,
+        "recovery": recovery_tables.together,
+        "recovery#levers": recovery_tables.alone,
         "embedded_2bit": embedded_2bit,
         "sass": sass,
         "cpu": cpu,
     }
-    return makers[path.stem](json.loads(path.read_text(encoding="utf-8")))
+    return makers[path.stem + (f"#{part}" if part else "")](json.loads(path.read_text(encoding="utf-8")))
 
 
 def filled(text: str) -> str:

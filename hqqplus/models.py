@@ -32,6 +32,10 @@ COMPUTE = ("auto", "int8")
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 
+PACKED_FOLDERS = ("backbone", "base")
+"""Where a run leaves packed models beside its adapter: with trained scales, and as quantized."""
+
+
 def resolve_name(name: str) -> str:
     """`embedded:pydoc` -> its folder, `~` -> the home folder; every other name as it is."""
     return str(MODEL_DIR) if name == MODEL_NAME else os.path.expanduser(name)
@@ -254,7 +258,8 @@ def load(
     """Load a model for use: a packed folder, a full-precision one, or either with an adapter on top.
 
     Args:
-        name: folder or hub id of the base, or an adapter folder written by hqqplus (its base is then looked up in it).
+        name: folder or hub id of the base, or an adapter folder written by hqqplus: its base is then the packed folder
+            that the run left beside it, or else the one that is named in it.
         adapter: folder of an adapter. If the base is not packed, it is quantized as the adapter's fingerprint says.
         revision, trust_remote_code: as in transformers, for the base.
         dtype: a torch dtype or its name; "auto" is bfloat16 on a GPU and float32 on a CPU.
@@ -295,7 +300,7 @@ def _load_base(
             raise UserError(
                 f"{base}: this adapter has no hqqplus.json that names its base: give the base and the adapter"
             )
-        base = fingerprint.base
+        base = _packed_beside(base, fingerprint) or fingerprint.base
     quantization = None
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").is_file():
@@ -306,6 +311,17 @@ def _load_base(
         if fingerprint is not None and fingerprint.base == base:
             revision = revision or fingerprint.revision
         if fingerprint is not None and not is_packed(base):
+            if (
+                made := "its scales were trained"
+                if fingerprint.baked
+                else "calibrated"
+                if fingerprint.calibration
+                else ""
+            ):
+                raise UserError(
+                    f"adapter: {adapter}: this adapter belongs to a packed model that no quantizing of {base} brings "
+                    f"back ({made}): name the packed folder that came with it as the base"
+                )
             try:
                 quantization = HqqPlusConfig(**fingerprint.quantization)
             except (ValueError, TypeError) as error:
@@ -320,6 +336,16 @@ def _load_base(
         where="model",
     )
     return base, adapter, model
+
+
+def _packed_beside(adapter: str | Path, fingerprint: Fingerprint) -> str | None:
+    """The packed folder that a run left beside the adapter in folder `adapter`, if it is the adapter's base."""
+    for name in PACKED_FOLDERS:
+        folder = Path(adapter).absolute().parent / name
+        found = Fingerprint.read(folder)
+        if found is not None and found.packed_sha256 == fingerprint.packed_sha256 and is_packed(str(folder)):
+            return str(folder)
+    return None
 
 
 def use_int8(model: Any, name: str) -> None:

@@ -144,7 +144,7 @@ class Calibration(Section):
     length: Annotated[int, Field(ge=8)] | None = None
     epochs: Annotated[int, Field(ge=1)] = 4
     batch_size: Annotated[int, Field(ge=1)] = 4
-    scale_learning_rate: Rate = 2e-3
+    scale_learning_rate: Rate = 5e-3
     weight_learning_rate: Weight = 3e-2
     store: Literal["cpu", "disk"] = "cpu"
 

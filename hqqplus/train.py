@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hqqplus.evaluation.report import Report
     from hqqplus.recovery.measure import Measurement
 
-ADAPTER_FOLDER, BACKBONE_FOLDER = "adapter", "backbone"
+ADAPTER_FOLDER = "adapter"
 
 
 def run(recipe: Recipe) -> Report:
@@ -209,7 +209,7 @@ def run(recipe: Recipe) -> Report:
     if state.is_main_process:
         fingerprint, base = backbone.fingerprint, base_folder(recipe) or recipe.model.name_or_path
         if recipe.recovery.scales == "bake":
-            base = str(output_dir / BACKBONE_FOLDER)
+            base = str(output_dir / models.PACKED_FOLDERS[0])
             fingerprint = bake_backbone(model, base, tokenizer, fingerprint)
         card = model_card(title=f"{output_dir.name} adapter", recipe=described, report=report, base=fingerprint.base)
         ship_adapter(model, tokenizer, output_dir / ADAPTER_FOLDER, fingerprint, card)

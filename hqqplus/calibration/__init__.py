@@ -1,1 +1,1 @@
-"""Activation statistics, and layers reconstructed from them block by block."""
+"""Calibration: activation statistics, and layers solved and reconstructed from them block by block."""

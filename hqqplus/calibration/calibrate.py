@@ -65,8 +65,9 @@ class CalibrationOptions:
 
     Args:
         method: "importance", "feedback" or "block"; each costs more than the one before it and gives more.
-        epochs, learning_rate, weight_learning_rate: of the reconstruction (`reconstruct.Training`); a
-            `weight_learning_rate` of 0 leaves the codes as they were solved.
+        epochs, learning_rate, weight_learning_rate: of the reconstruction (`reconstruct.Training`). With a
+            `weight_learning_rate` of 0 the codes stay as they were solved, and a `learning_rate` of 3e-2 is better.
+            Of few samples more epochs are better, at one bit above all.
         batch_size: samples that are on the device together.
         held_out: share of the samples on which losses are measured and nothing is trained; at least one is.
         store: where activations are kept, "cpu" or "disk".

@@ -38,12 +38,23 @@ ParamGroups = Callable[[Any], list[dict[str, Any]]]
 class Loss(Protocol):
     """`hqqplus.recovery.distillation.DistillationLoss`: sums over the positions, but for `loss`."""
 
-    loss: Tensor
-    kl: Tensor
-    ce: Tensor
-    hidden: Tensor
-    correct: Tensor
-    positions: int
+    @property
+    def loss(self) -> Tensor: ...
+
+    @property
+    def kl(self) -> Tensor: ...
+
+    @property
+    def ce(self) -> Tensor: ...
+
+    @property
+    def hidden(self) -> Tensor: ...
+
+    @property
+    def correct(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> int: ...
 
 
 class Distillation(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,8 @@ def _packed(
     noted = Fingerprint.read(name)
     parent = noted.base if noted else None
     fingerprint = models.fingerprint_of(model, parent or name, noted.revision if noted else None, versions)
+    if noted is not None:
+        fingerprint = replace(fingerprint, baked=noted.baked, calibration=noted.calibration)
     if residual and parent is None:
         raise UserError(f"adapter.init: {name} does not say what it was quantized from; use init: default")
     return Backbone(model, fingerprint, _factors(model, fingerprint, recipe) if residual else None)
@@ -206,7 +208,8 @@ def _check_saved(
     wanted = {key: value for key, value in config.to_dict().items() if key != "quant_method"}
     if fingerprint is None or not models.is_packed(saved):
         raise UserError(f"quantization.save_to: {saved} exists and is no packed model: name another folder")
-    if (fingerprint.base, fingerprint.quantization) != (name, wanted) or revision not in (None, fingerprint.revision):
+    made = fingerprint.base, fingerprint.quantization, fingerprint.baked
+    if made != (name, wanted, False) or revision not in (None, fingerprint.revision):
         raise UserError(
             f"quantization.save_to: {saved} holds {fingerprint.describe()}, not what this recipe makes: "
             "name another folder"

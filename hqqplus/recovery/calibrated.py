@@ -39,36 +39,41 @@ def calibration_folder(base: str | Path) -> Path:
 
 
 def sample_tokens(documents: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
-    """Token ids [samples, length] from `documents`, BOS in front of each, in an order drawn with `seed`.
+    """Token ids [samples, length] from all over `documents`, BOS in front of each document, drawn with `seed`.
 
-    Beginnings of documents that are long enough come first; where they are too few, the others are joined, and each
-    of the following samples spans several.
+    Documents are cut into windows that do not overlap. Each gives one, drawn at random, before any gives a second; no
+    window spans documents unless they are too short, in which case they are joined.
 
     Raises:
         UserError: if the documents hold too few tokens.
     """
+    draw = random.Random(seed)
     order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
+    draw.shuffle(order)
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    whole: list[list[int]] = []
-    stream: list[int] = []
+    first: list[list[int]] = []
+    further: list[list[int]] = []
+    rest: list[int] = []
     for index in order:
-        if len(whole) == samples:
+        if len(first) == samples:
             break
         ids = tokenizer(documents[index], add_special_tokens=False, verbose=False)["input_ids"]
         ids = ids if ids[:1] == bos else [*bos, *ids]
-        if len(ids) >= length:
-            whole.append(ids[:length])
-        elif len(stream) < samples * length:
-            stream += ids
-    missing = samples - len(whole)
-    whole += [stream[start * length : (start + 1) * length] for start in range(min(missing, len(stream) // length))]
-    if len(whole) < samples:
+        cuts = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+        if cuts:
+            first.append(cuts.pop(draw.randrange(len(cuts))))
+            further += cuts
+        elif len(rest) < samples * length:
+            rest += ids
+    draw.shuffle(further)
+    joined = (rest[start : start + length] for start in range(0, len(rest) - length + 1, length))
+    found = [*first, *further, *joined][:samples]
+    if len(found) < samples:
         raise UserError(
-            f"calibration.samples: the training rows hold {len(whole)} samples of {length} tokens, {samples} are "
+            f"calibration.samples: the training rows hold {len(found)} samples of {length} tokens, {samples} are "
             "asked for: ask for fewer or shorter ones (calibration.length)"
         )
-    return torch.tensor(whole)
+    return torch.tensor(found)
 
 
 def samples_of(recipe: Recipe, text: Text) -> Tensor:

@@ -124,7 +124,8 @@ def without_eos(rows: Any, tokenizer: Any) -> Any:
     def completion_ids(row: dict[str, Any]) -> dict[str, Any]:
         ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
         start = min(len(tokenizer(row["prompt"])["input_ids"]), len(ids))
-        return {"input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}
+        # Labels, because TRL looks for a completion by its column, which is gone.
+        return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
 
     columns = rows.column_names
     if "text" in columns:

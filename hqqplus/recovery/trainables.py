@@ -11,7 +11,7 @@ from torch import nn
 from hqqplus.adapters.ranks import attention_layers, rank_pattern, role_ranks
 from hqqplus.adapters.scales import add_trainable_scales, load_extras, save_extras, scale_parameters
 from hqqplus.errors import UserError
-from hqqplus.integrations.peft import add_gains, gain_parameters, norm_modules
+from hqqplus.integrations.peft import add_gains, gain_parameters, norm_modules, train_in_float32
 from hqqplus.integrations.trl import Extras
 from hqqplus.modules import PackedLinear
 from hqqplus.recipe import Adapter, Recipe
@@ -39,7 +39,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
         rank_pattern=ranks,
         alpha_pattern=alphas,
         modules_to_save=norms or None,
-        bias="lora_only" if recipe.recovery.biases else "none",
+        bias="all" if recipe.recovery.biases else "none",
         use_dora=section.use_dora,
         use_rslora=section.use_rslora,
         task_type="CAUSAL_LM",
@@ -55,6 +55,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
         )
     if recipe.recovery.scales == "gains":
         add_gains(adapted)
+    train_in_float32(adapted)
     return adapted
 
 

@@ -53,17 +53,19 @@ def load(recipe: Recipe, tokenizer: Any, start: bool = False) -> Any:
     return load_backbone(recipe, CPU, {"hqqplus": "0"}, Text(lambda: DOCUMENTS, tokenizer), start, said.append), said
 
 
-def test_samples_are_beginnings_of_documents_in_an_order_of_the_seed(tokenizer: Any) -> None:
+def test_samples_come_from_all_documents_in_an_order_of_the_seed(tokenizer: Any) -> None:
     one, again, other = (sample_tokens(DOCUMENTS, tokenizer, 8, 16, seed) for seed in (1, 1, 2))
     assert one.shape == (8, 16)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
-    assert (one[:, 0] == tokenizer.bos_token_id).all()
-    beginnings = {
-        tuple([tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids][:16])
-        for text in DOCUMENTS
-    }
-    assert {tuple(row.tolist()) for row in one} <= beginnings
+    windows = {}
+    for number, text in enumerate(DOCUMENTS):
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+        windows |= {(*ids[start : start + 16],): number for start in range(0, len(ids) - 15, 16)}
+    assert {(*row.tolist(),) for row in one} <= windows.keys()
+    # 30 documents are long enough: each gives a window before any gives another.
+    firsts = sample_tokens([f"{chr(97 + i) * (40 + i)}" for i in range(20)], tokenizer, 20, 16, 0)
+    assert len({row[-1].item() for row in firsts}) == 20
 
 
 def test_short_documents_are_joined(tokenizer: Any) -> None:

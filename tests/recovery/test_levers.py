@@ -88,6 +88,14 @@ def test_all_levers_together(make: Callable[..., Recipe], tmp_path: Path) -> Non
     assert any(not torch.equal(before[name[:-3] + "scale"], stored["backbone"][name[:-3] + "scale"]) for name in codes)
     model = hqqplus.load(str(output / "backbone"), adapter=str(output / "adapter"), dtype="float32", device="cpu")
     assert report.ppl_recovered == pytest.approx(perplexity_of(recipe, model), rel=1e-12)
+    alone = hqqplus.load(output / "adapter", dtype="float32", device="cpu")  # finds the folder beside it
+    assert torch.equal(alone(IDS).logits, model(IDS).logits)
+    (output / "adapter").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match=r"no quantizing of .* brings back \(its scales were trained\): name the packed"
+    ):
+        hqqplus.load(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").rename(output / "adapter")
     with pytest.raises(UserError, match=r"scales trained.*but the base is"):
         hqqplus.load(str(output / "base"), adapter=str(output / "adapter"))
     log = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]

@@ -233,7 +233,7 @@ def test_prompt_and_completion_without_eos_keep_the_loss_on_the_completion(
     columns = {"prompt": "text", "completion": "other", "eval_split": "train", "eos": False}
     row = setup.load_data(make(data=columns), tokenizer, said.append).train[0]
     ids = torch.tensor(row["input_ids"])
-    mask = torch.tensor(row["completion_mask"]).bool()
+    mask = torch.tensor(row["labels"]) != -100
     assert tokenizer.decode(ids[~mask]) == "<s>t0"
     assert tokenizer.decode(ids[mask]) == "o0"
 
