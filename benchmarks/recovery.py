@@ -60,6 +60,29 @@ METHODS: dict[str, dict[str, Any]] = {
     "+ block": {"calibration": BLOCK, "adapter": {"init": "default"}},
     TOGETHER: {"calibration": BLOCK, "adapter": {"init": "default"}, "recovery": {**KD, **BAKE}},
 }
+# One setting of all levers together changed, at the same rates.
+SWEEP: dict[str, dict[str, Any]] = {
+    f"{TOGETHER}, {name}": {**METHODS[TOGETHER], **change}
+    for name, change in {
+        "dropout 0.05": {"adapter": {"init": "default", "lora_dropout": 0.05}},
+        "alpha = r": {"alpha_over_rank": 1},
+        "alpha = 4 r": {"alpha_over_rank": 4},
+        "rank x 2": {"rank_times": 2},
+        "half the tokens a step": {"batch": BATCH // 2},
+        "twice the tokens a step": {"batch": BATCH * 2},
+        "weighted start": {"adapter": {"init": "weighted"}},
+        "residual start": {"adapter": {"init": "residual"}},
+        "norms": {"recovery": {**KD, **BAKE, "norms": True}},
+        "offsets": {"recovery": {**KD, **BAKE, "offsets": True}},
+        "no offsets": {"recovery": {**KD, **BAKE, "offsets": False}},
+        "no hidden states": {"recovery": {**KD, **BAKE, "hidden_weight": 0.0}},
+        "no cross-entropy": {"recovery": {**KD, **BAKE, "ce_weight": 0.0}},
+        "no distillation": {"recovery": BAKE},
+        "no trained scales": {"recovery": KD},
+        "gains for scales": {"recovery": {**KD, "scales": "gains"}},
+        "feedback for block": {"calibration": METHODS["+ feedback"]["calibration"]},
+    }.items()
+}
 CALIBRATION_SHARE = 0.5
 """Of a budget, what a block-wise reconstruction gets."""
 
@@ -108,7 +131,8 @@ def recipe_of(job: dict[str, Any], output_dir: str) -> dict[str, Any]:
     """The recipe of one run, as `to_dict` has it before defaults."""
     model, tuning = job["model"], job["tuning"]
     name = model if model == EMBEDDED else str(SHARED / "models" / model)
-    change = METHODS.get(job["method"], {})
+    change = {**METHODS, **SWEEP}.get(job["method"], {})
+    batch = change.get("batch", BATCH)
     calibration = dict(change.get("calibration", {}))
     budget = job["tokens"]
     if calibration:
@@ -117,9 +141,9 @@ def recipe_of(job: dict[str, Any], output_dir: str) -> dict[str, Any]:
         calibration["samples"] = max(8, int(budget * share / passes / calibration["length"]))
         budget -= calibration["samples"] * calibration["length"] * passes
     rate = job["learning_rate"]
-    rank = RANKS[model]
+    rank = RANKS[model] * change.get("rank_times", 1)
     data = data_of(model, tuning, output_dir)
-    steps = max(1, round(budget / (BATCH * tokens_a_row(model, data["path_or_name"]))))
+    steps = max(1, round(budget / (batch * tokens_a_row(model, data["path_or_name"]))))
     return {
         "model": {"name_or_path": name, "dtype": "float32"},
         "quantization": {
@@ -128,12 +152,17 @@ def recipe_of(job: dict[str, Any], output_dir: str) -> dict[str, Any]:
             "save_to": f"{output_dir}/run/base",
         },
         "calibration": calibration,
-        "adapter": {"r": rank, "target_modules": PROJECTIONS, **{**PLAIN["adapter"], **change.get("adapter", {})}},
+        "adapter": {
+            "r": rank,
+            "lora_alpha": rank * change.get("alpha_over_rank", 2),
+            "target_modules": PROJECTIONS,
+            **{**PLAIN["adapter"], **change.get("adapter", {})},
+        },
         "recovery": {**change.get("recovery", {}), "scales_learning_rate": job["scales_learning_rate"]},
         "data": data,
         "training": {
             "max_steps": steps,
-            "per_device_train_batch_size": BATCH,
+            "per_device_train_batch_size": batch,
             "learning_rate": rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.05,
@@ -284,15 +313,17 @@ def tuning_jobs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def jobs(args: argparse.Namespace, rates: dict[tuple[str, int, str], float]) -> Iterator[dict[str, Any]]:
-    """The reference and all levers together, seed by seed; then each lever alone where `--alone` says."""
+    """The reference and all levers together, seed by seed; then each lever alone, and settings changed, where
+    `--alone` says."""
 
     def job(model: str, cell: tuple[int, int], method: str, seed: int) -> dict[str, Any]:
         tuned_as = REFERENCE if method == REFERENCE else TOGETHER
         return job_of(args, model, *cell, method, seed, rates.get((model, cell[0], tuned_as), 2e-3), False)
 
     for seed in args.seeds:
-        for model in args.models:
-            for cell in FORMATS if seed == args.seeds[0] else TARGETS:
+        first = seed == args.seeds[0]
+        for model in args.models if first else args.alone:
+            for cell in FORMATS if first else TARGETS:
                 for method in (REFERENCE, TOGETHER):
                     yield job(model, cell, method, seed)
     for model in args.alone:
@@ -300,6 +331,9 @@ def jobs(args: argparse.Namespace, rates: dict[tuple[str, int, str], float]) -> 
             for method in METHODS:
                 if method != TOGETHER:
                     yield job(model, cell, method, args.seeds[0])
+    for model, cell in zip(args.alone, reversed(TARGETS), strict=False):
+        for method in SWEEP:
+            yield job(model, cell, method, args.seeds[0])
 
 
 def job_of(
@@ -353,7 +387,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000, help="budget of a run")
     parser.add_argument("--eval-tokens", type=int, default=16_000)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
-    parser.add_argument("--alone", nargs="*", default=list(MODELS[:2]), help="models on which single levers run")
+    parser.add_argument(
+        "--alone", nargs="*", default=list(MODELS[:2]), help="models that get single levers and more seeds than one"
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--tune", action="store_true", help="learning rates, with half the budget")
     parser.add_argument("--tuning", type=Path, default=ROOT / "benchmarks" / "results" / "recovery_tuning.json")

@@ -78,13 +78,11 @@ def together(result: dict[str, Any]) -> str:
 def alone(result: dict[str, Any]) -> str:
     """Gap in domain with each lever by itself, on the models on which they were run."""
     rows = result["rows"]
-    methods = [row["method"] for row in rows if row["method"] not in (REFERENCE, TOGETHER)]
-    methods = [REFERENCE, *dict.fromkeys(sorted(methods, key=_order)), TOGETHER]
     singles = of(rows, seed=0)
     columns = [cell for cell in cells(rows) if of(singles, method=PLAIN, **_key(cell))]
     heads = [f"{model}, {nbits} / {group}" for model, nbits, group in columns]
     lines = [f"| | {' | '.join(heads)} | seconds |", "|---" * (len(heads) + 2) + "|"]
-    for method in methods:
+    for method in NAMES:
         found = [of(singles, method=method, **_key(cell)) for cell in columns]
         if all(found):
             gaps = " | ".join(f"{mean(here, IN_DOMAIN, 'gap'):.3f}" for here in found)
@@ -108,8 +106,17 @@ NAMES = {
 }
 
 
-def _order(method: str) -> int:
-    return list(NAMES).index(method)
+def sweep(result: dict[str, Any]) -> str:
+    """Gap in domain with one setting of all levers together changed."""
+    singles = of(result["rows"], seed=0)
+    changed = [row for row in singles if row["method"].startswith(f"{TOGETHER}, ")]
+    columns = list(dict.fromkeys((row["model"], row["nbits"], row["group_size"]) for row in changed))
+    lines = [f"| | {' | '.join(f'{m}, {b} / {g}' for m, b, g in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for method in dict.fromkeys([TOGETHER, *(row["method"] for row in changed)]):
+        found = [of(singles, method=method, **_key(cell)) for cell in columns]
+        gaps = " | ".join(f"{mean(here, IN_DOMAIN, 'gap'):.3f}" if here else "-" for here in found)
+        lines.append(f"| {method} | {gaps} |")
+    return "\n".join(lines)
 
 
 def _key(cell: tuple[str, int, int]) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     picture(result, PICTURE)
-    print(together(result), "", alone(result), sep="\n")
+    print(together(result), "", alone(result), "", sweep(result), sep="\n")
 
 
 if __name__ == "__main__":

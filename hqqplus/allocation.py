@@ -386,7 +386,7 @@ def down_projections(model: nn.Module) -> list[str]:
         last: dict[str, str] = {}
         for name, linear in _linears(model.get_submodule(block)).items():
             parent = name.rpartition(".")[0]
-            if not _in_attention(model.get_submodule(block), parent) and linear.out_features == width:
+            if not in_attention(model.get_submodule(block), parent) and linear.out_features == width:
                 last[parent] = f"{block}.{name}"
         found += last.values()
     if not found:
@@ -530,7 +530,7 @@ def _inside(name: str, blocks: Iterable[str]) -> bool:
     return any(name.startswith(f"{block}.") for block in blocks)
 
 
-def _in_attention(block: nn.Module, path: str) -> bool:
+def in_attention(block: nn.Module, path: str) -> bool:
     """Whether a module on the way to `path` within `block` is an attention by its attribute's or its class's name."""
     parts = path.split(".") if path else []
     steps = [".".join(parts[: depth + 1]) for depth in range(len(parts))]

@@ -9,19 +9,30 @@ from typing import Any, Self
 _LINE_SECONDS = 15.0
 
 
-class WeightProgress:
-    """Counts weights: `with WeightProgress(total) as progress: ...; progress.advance(1000, "the next layer")`.
+class WorkProgress:
+    """Counts units of work: `with WorkProgress(total) as progress: ...; progress.advance(1000, "the next layer")`.
 
-    Layers differ a hundredfold in size and so does the time that they take; weights do not.
+    Weights rather than layers, tokens rather than rows: layers differ a hundredfold in size and so does the time that
+    they take; weights do not.
 
     Args:
         total: how many there are.
         done: how many of them were done by an earlier start.
         quiet: show nothing.
+        unit: what is counted.
+        line_seconds: time between two lines, where there is no bar.
     """
 
-    def __init__(self, total: int, done: int = 0, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        total: int,
+        done: int = 0,
+        quiet: bool = False,
+        unit: str = "weights",
+        line_seconds: float = _LINE_SECONDS,
+    ) -> None:
         self._total, self._first, self._done = total, done, done
+        self._unit, self._line_seconds = unit, line_seconds
         self._started = self._shown = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -55,14 +66,15 @@ class WeightProgress:
         if self._console is not None:
             self._console.print(text, markup=False, highlight=False)
 
-    def advance(self, weights: int, name: str = "") -> None:
-        """So many further weights are done; `name` is what was just worked on."""
-        self._done += weights
+    def advance(self, units: int, name: str = "") -> None:
+        """So many further units are done; `name` is what was just worked on."""
+        self._done += units
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=name, pace=self.pace())
-        elif weights and time.monotonic() - self._shown >= _LINE_SECONDS:
+        elif units and time.monotonic() - self._shown >= self._line_seconds:
             self._shown = time.monotonic()
-            self.say(f"{100 * self._done / max(self._total, 1):.1f} % of {count(self._total)} weights, {self.pace()}")
+            share = 100 * self._done / max(self._total, 1)
+            self.say(f"{share:.1f} % of {count(self._total)} {self._unit}, {self.pace()}")
 
     def pace(self) -> str:
         """`1.2 M weights/s, 3:20 left`."""
@@ -70,7 +82,7 @@ class WeightProgress:
         rate = (self._done - self._first) / seconds
         if rate <= 0:
             return ""
-        return f"{count(rate)} weights/s, {clock((self._total - self._done) / rate)} left"
+        return f"{count(rate)} {self._unit}/s, {clock((self._total - self._done) / rate)} left"
 
 
 def count(number: float) -> str:

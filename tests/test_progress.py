@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from hqqplus import progress
-from hqqplus.progress import WeightProgress, clock, count
+from hqqplus.progress import WorkProgress, clock, count
 
 
 class Clock:
@@ -29,7 +29,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_a_log_gets_a_plain_line_every_so_often(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with WeightProgress(4_000_000, done=1_000_000) as bar:
+    with WorkProgress(4_000_000, done=1_000_000) as bar:
         for _ in range(6):
             time.now += 5
             bar.advance(250_000, "model.layers.0.mlp.up_proj")
@@ -42,14 +42,14 @@ def test_a_log_gets_a_plain_line_every_so_often(time: Clock, capsys: pytest.Capt
 
 
 def test_short_work_says_nothing(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with WeightProgress(100) as bar:
+    with WorkProgress(100) as bar:
         time.now += 10
         bar.advance(100)
     assert capsys.readouterr() == ("", "")
 
 
 def test_quiet_says_nothing_at_all(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with WeightProgress(100, quiet=True) as bar:
+    with WorkProgress(100, quiet=True) as bar:
         bar.say("continuing")
         time.now += 100
         bar.advance(50)
@@ -58,7 +58,7 @@ def test_quiet_says_nothing_at_all(time: Clock, capsys: pytest.CaptureFixture[st
 
 def test_a_terminal_gets_a_bar(time: Clock) -> None:
     file = io.StringIO()
-    bar = WeightProgress(4_000_000)
+    bar = WorkProgress(4_000_000)
     bar._console = Console(file=file, force_terminal=True, width=100)
     with bar:
         time.now += 10
@@ -74,7 +74,7 @@ def test_a_terminal_gets_a_bar(time: Clock) -> None:
 
 def test_an_error_takes_the_bar_away(time: Clock) -> None:
     file = io.StringIO()
-    bar = WeightProgress(10)
+    bar = WorkProgress(10)
     bar._console = Console(file=file, force_terminal=True)
     with pytest.raises(RuntimeError), bar:
         raise RuntimeError
@@ -82,7 +82,7 @@ def test_an_error_takes_the_bar_away(time: Clock) -> None:
 
 
 def test_nothing_to_do(capsys: pytest.CaptureFixture[str], time: Clock) -> None:
-    with WeightProgress(0) as bar:
+    with WorkProgress(0) as bar:
         time.now += 100
         bar.advance(0)
     assert capsys.readouterr() == ("", "")

@@ -139,13 +139,13 @@ def attention_layers(model: nn.Module, names: Collection[str]) -> set[str]:
         UserError: if the model has no list of decoder blocks.
     """
     # Its module needs models, which need adapters: at the top there would be a circle.
-    from hqqplus.allocation import _in_attention, decoder_blocks
+    from hqqplus.allocation import decoder_blocks, in_attention
 
     found = set()
     for path in decoder_blocks(model):
         block = model.get_submodule(path)
         inside = {name: name[len(path) + 1 :] for name in names if name.startswith(f"{path}.")}
-        found |= {name for name, local in inside.items() if _in_attention(block, local.rpartition(".")[0])}
+        found |= {name for name, local in inside.items() if in_attention(block, local.rpartition(".")[0])}
     return found
 
 

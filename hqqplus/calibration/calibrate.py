@@ -47,7 +47,7 @@ from hqqplus.kernels import quantize
 from hqqplus.kernels.solve import solve
 from hqqplus.models import pick_device
 from hqqplus.modules.replace import Solutions
-from hqqplus.progress import WeightProgress
+from hqqplus.progress import WorkProgress
 from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, SolverOptions
 from hqqplus.quantization.feedback import error_feedback
 from hqqplus.quantization.statistics import layer_statistics
@@ -174,7 +174,8 @@ def calibrate(
         total = sum(sizes.values())
         with (
             full_disk(folder or ".", "calibration"),
-            _Progress(total, sum(sizes[name] for name in done), quiet) as progress,
+            # Each block has a line of its own: none between.
+            WorkProgress(total, sum(sizes[name] for name in done), quiet, line_seconds=math.inf) as progress,
         ):
             if done:
                 progress.say(f"{folder}: goes on where it was, {len(done)} blocks are finished")
@@ -187,14 +188,6 @@ def calibrate(
         return Calibration(Solutions(packed, kept.digest), starts, reports, first)
 
 
-class _Progress(WeightProgress):
-    """Each block has a line of its own: none between."""
-
-    def __init__(self, total: int, done: int, quiet: bool) -> None:
-        super().__init__(total, done, quiet)
-        self._shown = math.inf
-
-
 @dataclass(frozen=True)
 class _Run:
     blocks: Blocks
@@ -204,7 +197,7 @@ class _Run:
     held_out: Tensor
     factors: WeightedFactors | None
     folder: SolutionFolder
-    progress: _Progress
+    progress: WorkProgress
 
     def go(self, input_ids: Tensor, done: dict[str, SolvedBlock], folder: str | Path | None) -> None:
         """Solve the blocks that are not among `done`, and add them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hqqplus.evaluation.report import _FAINT, _INK, _inline, _plain, _table
+from hqqplus.evaluation.report import _FAINT, _INK, _inline, _plain, markdown_table
 from hqqplus.files import replacing, write_json, write_text
 from hqqplus.quantization.statistics import OUTLIER_DEVIATIONS, LayerStatistics
 
@@ -222,9 +222,9 @@ def _page(layers: Layers) -> str:
         f"of them {OUTLIER_DEVIATIONS} standard deviations from their mean or further.",
         "![NMSE of each layer, one colour for each kind](nmse.png)",
         "## Kinds",
-        _table(_kind_rows(layers)),
+        markdown_table(_kind_rows(layers)),
         "## Layers",
-        _table(_rows(layers)),
+        markdown_table(_rows(layers)),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -132,10 +132,10 @@ def perplexity(
             f"perplexity: batch_size must be 1 or more and process_index in [0, num_processes), "
             f"got batch_size={batch_size}, process_index={process_index}, num_processes={num_processes}"
         )
-    shards = [_batches(windows.input_ids[rank::num_processes], batch_size) for rank in range(num_processes)]
+    shards = [batches_of(windows.input_ids[rank::num_processes], batch_size) for rank in range(num_processes)]
     mine = shards[process_index]
     idle = max(len(shard) for shard in shards) - len(mine)
-    device = _device_of(model)
+    device = device_of(model)
     total, count = 0.0, 0
     with evaluating(model), torch.no_grad():
         for batch in mine:
@@ -151,7 +151,7 @@ def perplexity(
         sums = reduce(torch.tensor([total, count], dtype=torch.float64, device=device))
         total, count = float(sums[0]), round(float(sums[1]))
     nll = total / count if count else math.nan
-    return PerplexityResult(perplexity=_exp(nll), nll=nll, tokens=count)
+    return PerplexityResult(perplexity=finite_exp(nll), nll=nll, tokens=count)
 
 
 def recovery(ppl_parent: float | None, ppl_before: float | None, ppl_after: float | None) -> float | None:
@@ -172,7 +172,7 @@ def recovery(ppl_parent: float | None, ppl_before: float | None, ppl_after: floa
     return 1 - (math.log(ppl_after) - math.log(ppl_parent)) / lost
 
 
-def _batches(windows: Sequence[Tensor], batch_size: int) -> list[list[Tensor]]:
+def batches_of(windows: Sequence[Tensor], batch_size: int) -> list[list[Tensor]]:
     """The windows by falling length, at most `batch_size` together, so that little is padded."""
     ordered = sorted(windows, key=len, reverse=True)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
@@ -191,12 +191,12 @@ def _token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
     return nll
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     device = getattr(model, "device", None)
     return device if isinstance(device, torch.device) else next(model.parameters()).device
 
 
-def _exp(nll: float) -> float:
+def finite_exp(nll: float) -> float:
     try:
         return math.exp(nll)
     except OverflowError:

@@ -104,7 +104,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     from rich.text import Text
 
     console = console or Console()
-    table = Table(title=Text(_visible(report.name), style="bold"), title_justify="left")
+    table = Table(title=Text(visible(report.name), style="bold"), title_justify="left")
     header, *rows = _stage_rows(report)
     for index, title in enumerate(header):
         table.add_column(title, justify="left" if index == 0 else "right")
@@ -123,10 +123,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for sample in report.samples:
         # Text objects: what a model writes is not rich markup.
         console.print()
-        console.print(Text(_visible(sample.get("prompt")), style="bold"))
+        console.print(Text(visible(sample.get("prompt")), style="bold"))
         for stage, style in zip(STAGES, ("default", "red", "green"), strict=True):
             if sample.get(stage) is not None:
-                console.print(Text.assemble((f"{stage:>9}  ", "dim"), (_visible(sample[stage]), style)))
+                console.print(Text.assemble((f"{stage:>9}  ", "dim"), (visible(sample[stage]), style)))
 
 
 def number(value: float | None) -> str:
@@ -165,7 +165,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _visible(text: object) -> str:
+def visible(text: object) -> str:
     """`text` without what a terminal or a Markdown reader would act on: control characters become U+FFFD."""
     plain = str(text).encode("utf-8", "replace").decode("utf-8")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", plain)
@@ -200,7 +200,7 @@ def _text_rows(report: Report) -> list[list[str]]:
         parent, quantized, recovered = (measured.get(stage) for stage in STAGES)
         rows.append(
             [
-                _visible(name),
+                visible(name),
                 number(parent),
                 number(quantized),
                 number(recovered),
@@ -224,22 +224,22 @@ def _recovery_sentence(report: Report) -> str:
 def _page(report: Report, how_to_load: str) -> str:
     parts = [
         f"# {_inline(report.name)}: before and after",
-        _table(_stage_rows(report)),
+        markdown_table(_stage_rows(report)),
         _recovery_sentence(report) + " Recovery is 1 − ln(after / parent) / ln(before / parent); bits per weight are "
         "those of the linear layers, scales and zeros included; sizes are of everything stored.",
         "![Training loss, and perplexity over the training steps](report.png)",
     ]
     if report.texts:
-        parts += ["## Further sets", "Perplexity:", _table(_text_rows(report))]
+        parts += ["## Further sets", "Perplexity:", markdown_table(_text_rows(report))]
     if report.samples:
         parts += ["## Samples", "Greedy completions of the same prompts."]
         for index, sample in enumerate(report.samples, start=1):
-            parts += [f"### {index}", _fenced(_visible(sample.get("prompt")))]
+            parts += [f"### {index}", _fenced(visible(sample.get("prompt")))]
             for stage in STAGES:
                 if sample.get(stage) is not None:
-                    parts += [f"{stage}:", _fenced(_visible(sample[stage]))]
+                    parts += [f"{stage}:", _fenced(visible(sample[stage]))]
     parts += ["## How to load", _fenced(how_to_load.rstrip("\n"), "python")]
-    parts += ["## How this was made", _table([["", ""], *_facts(report)])]
+    parts += ["## How this was made", markdown_table([["", ""], *_facts(report)])]
     if report.recipe:
         recipe = _fenced(json.dumps(_plain(report.recipe), indent=2, ensure_ascii=False), "json")
         parts.append(f"<details>\n<summary>Recipe</summary>\n\n{recipe}\n\n</details>")
@@ -250,7 +250,7 @@ def _facts(report: Report) -> list[list[str]]:
     facts = [["device", report.device], ["training", _training_time(report)]]
     facts += [[f"evaluation: {key}", _fact(value)] for key, value in report.evaluation.items()]
     facts += [[key, value] for key, value in report.versions.items()]
-    return [[_visible(cell) for cell in row] for row in facts]
+    return [[visible(cell) for cell in row] for row in facts]
 
 
 def _training_time(report: Report) -> str:
@@ -269,10 +269,10 @@ def _fact(value: Any) -> str:
 
 
 def _inline(text: str) -> str:
-    return " ".join(_visible(text).replace("|", "\\|").split())
+    return " ".join(visible(text).replace("|", "\\|").split())
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     header, *body = [[_inline(cell) for cell in row] for row in rows]
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])

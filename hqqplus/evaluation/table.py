@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqplus.errors import UserError
-from hqqplus.evaluation.report import _table, _visible, number
+from hqqplus.evaluation.report import markdown_table, number, visible
 
 _REPORT, _FINGERPRINT = "report.json", "adapter/hqqplus.json"
 _HEADER = ["run", "model", "bits", "group", "bits per weight", "PPL parent", "quantized", "recovered", "sample"]
@@ -113,7 +113,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return _table([_HEADER, *cells])
+    return markdown_table([_HEADER, *cells])
 
 
 def to_json(rows: Sequence[Row]) -> str:
@@ -139,5 +139,5 @@ def _joined(values: Sequence[int]) -> str:
 
 def _short(text: str | None, length: int) -> str:
     """`text` on one line of at most `length` characters."""
-    line = " ".join(_visible(text or "").split())
+    line = " ".join(visible(text or "").split())
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from hqqplus.errors import UserError
 from hqqplus.files import check_output, check_space, full_disk, locked_folder, move_folder, write_json
-from hqqplus.progress import WeightProgress, clock, count
+from hqqplus.progress import WorkProgress
 from hqqplus.recovery.distillation import Head, TopTargets
 from hqqplus.recovery.identity import Identity
 from hqqplus.recovery.rows import KEY_BYTES, Row, Survey, iterate
@@ -53,8 +53,6 @@ _BLOCK_TOKENS, _BATCH_TOKENS = 2**16, 2**13
 _CHUNK_ELEMENTS = 2**24
 # Between two notes of how far it is. Each of them waits for the disk.
 _NOTE_SECONDS = 20.0
-# Between two lines about it, where nobody looks on.
-_LINE_SECONDS = 15.0
 # float16 has nothing below; the probability is 0 in any case.
 _LEAST = -65504.0
 
@@ -238,7 +236,7 @@ def build_cache(
         with locked_folder(partial, where), _Writer(partial, identity, settings, where) as writer:
             done = sum(path.stat().st_size for path in partial.iterdir())
             check_space(partial, survey.positions * k * 6 + survey.rows * (KEY_BYTES + 8) - done, where)
-            with _TokenProgress(survey.tokens, writer.tokens, quiet) as progress:
+            with WorkProgress(survey.tokens, writer.tokens, quiet, "tokens") as progress:
                 for seen, block in _blocks(rows, writer.seen, writer.keys, block_tokens):
                     for row, (ids, log_probs) in zip(block, _top(block, teacher, head, k, batch_tokens), strict=True):
                         writer.add(row, ids, log_probs)
@@ -449,22 +447,3 @@ class _Writer:
     def _is_as_long(self, name: str, size: int) -> bool:
         path = self._folder / name
         return path.is_file() and path.stat().st_size >= size
-
-
-class _TokenProgress(WeightProgress):
-    """`WeightProgress` that counts tokens."""
-
-    def advance(self, weights: int, name: str = "") -> None:
-        self._done += weights
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=name, pace=self.pace())
-        elif weights and time.monotonic() - self._shown >= _LINE_SECONDS:
-            self._shown = time.monotonic()
-            self.say(
-                f"teacher: {100 * self._done / max(self._total, 1):.1f} % of {count(self._total)} tokens, "
-                f"{self.pace()}"
-            )
-
-    def pace(self) -> str:
-        rate = (self._done - self._first) / max(time.monotonic() - self._started, 1e-9)
-        return f"{count(rate)} tokens/s, {clock((self._total - self._done) / rate)} left" if rate > 0 else ""

@@ -25,7 +25,7 @@ from hqqplus.evaluation.layers import Layer, Layers, write_layers
 from hqqplus.files import check_output, check_space, full_disk, replacing_folder, write_json
 from hqqplus.modules import PackedEmbedding, observe_packing, packed_modules
 from hqqplus.modules.replace import check_solutions, solutions_in_use
-from hqqplus.progress import WeightProgress
+from hqqplus.progress import WorkProgress
 from hqqplus.quantization import PackedTensor
 from hqqplus.quantization.statistics import LayerStatistics, layer_statistics
 from hqqplus.quantization.tensor import state_shapes
@@ -338,14 +338,14 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.pieces(), other.pieces(), strict=True))
 
 
-def _progress(job: _Job, skeleton: Skeleton, partial: PartialFolder) -> WeightProgress:
+def _progress(job: _Job, skeleton: Skeleton, partial: PartialFolder) -> WorkProgress:
     weights = {name: rows * columns for name, (rows, columns) in skeleton.shapes().items()}
     done = sum(count for name, count in weights.items() if name in partial.layers)
-    return WeightProgress(sum(weights.values()), done, job.quiet)
+    return WorkProgress(sum(weights.values()), done, job.quiet)
 
 
 def _quantize(
-    job: _Job, shard: _Shard, skeleton: Skeleton, partial: PartialFolder, file: FileInWork, progress: WeightProgress
+    job: _Job, shard: _Shard, skeleton: Skeleton, partial: PartialFolder, file: FileInWork, progress: WorkProgress
 ) -> None:
     """Write what is not yet in `file`."""
     for source in shard.sources:

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hqqplus import files, models
 from hqqplus.errors import UserError
+from hqqplus.progress import WorkProgress
 from hqqplus.recovery import identity as identities
 from hqqplus.recovery import teacher_cache
 from hqqplus.recovery.distillation import supervised
@@ -279,13 +281,13 @@ def test_progress_is_told_in_tokens(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(teacher_cache, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(teacher_cache, "WorkProgress", partial(WorkProgress, line_seconds=0.0))
     rows = plain_rows()
     build_cache(tmp_path / "c", rows, teacher, identity(rows), k=4, **{**SMALL, "quiet": False})
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 3
-    assert all("tokens/s" in line and line.startswith("teacher: ") for line in lines)
-    assert lines[-1].startswith("teacher: 100.0 %")
+    assert all("tokens/s" in line for line in lines)
+    assert lines[-1].startswith("100.0 % of ")
 
 
 # Verified ------------------------------------------------------------------------------------------------------------
