@@ -300,6 +300,8 @@ KEY = ("model", "nbits", "group_size", "method", "seed", "tokens", "learning_rat
 RATES = {REFERENCE: (5e-3, 1e-2, 2e-2, 5e-2), TOGETHER: (2e-3, 5e-3, 1e-2)}
 SCALES_TIMES = 5.0
 """The learning rate of group scales (in units of themselves), and of gains, over that of LoRA."""
+BUDGETS = (0.5, 2, 4)
+"""Times the budget, for the curve of what is left over the number of tokens."""
 TARGETS = ((2, 64), (1, 32))
 """The formats that all seeds are run at; the others are run with the first one."""
 
@@ -313,8 +315,8 @@ def tuning_jobs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def jobs(args: argparse.Namespace, rates: dict[tuple[str, int, str], float]) -> Iterator[dict[str, Any]]:
-    """The reference and all levers together, seed by seed; then each lever alone, and settings changed, where
-    `--alone` says."""
+    """The reference and all levers together, seed by seed; with more and fewer tokens; then each
+    lever alone, and settings changed, where `--alone` and `--sweep` say."""
 
     def job(model: str, cell: tuple[int, int], method: str, seed: int) -> dict[str, Any]:
         tuned_as = REFERENCE if method == REFERENCE else TOGETHER
@@ -322,18 +324,22 @@ def jobs(args: argparse.Namespace, rates: dict[tuple[str, int, str], float]) -> 
 
     for seed in args.seeds:
         first = seed == args.seeds[0]
-        for model in args.models if first else args.alone:
+        for model in args.models if first else args.more:
             for cell in FORMATS if first else TARGETS:
                 for method in (REFERENCE, TOGETHER):
                     yield job(model, cell, method, seed)
+    for times in BUDGETS:
+        for model in args.more if times < max(BUDGETS) else args.alone:
+            for method in (REFERENCE, TOGETHER):
+                once = job(model, TARGETS[0], method, args.seeds[0])
+                yield {**once, "tokens": round(args.tokens * times)}
     for model in args.alone:
         for cell in TARGETS:
             for method in METHODS:
                 if method != TOGETHER:
                     yield job(model, cell, method, args.seeds[0])
-    for model, cell in zip(args.alone, reversed(TARGETS), strict=False):
-        for method in SWEEP:
-            yield job(model, cell, method, args.seeds[0])
+        for method in SWEEP if args.sweep else ():
+            yield job(model, TARGETS[0], method, args.seeds[0])
 
 
 def job_of(
@@ -387,9 +393,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000, help="budget of a run")
     parser.add_argument("--eval-tokens", type=int, default=16_000)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
-    parser.add_argument(
-        "--alone", nargs="*", default=list(MODELS[:2]), help="models that get single levers and more seeds than one"
-    )
+    parser.add_argument("--more", nargs="*", default=list(MODELS[:2]), help="models that get all seeds and budgets")
+    parser.add_argument("--alone", nargs="*", default=list(MODELS[:1]), help="models that get each lever alone")
+    parser.add_argument("--sweep", action="store_true", help="and one setting after another changed")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--tune", action="store_true", help="learning rates, with half the budget")
     parser.add_argument("--tuning", type=Path, default=ROOT / "benchmarks" / "results" / "recovery_tuning.json")

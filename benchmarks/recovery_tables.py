@@ -4,6 +4,7 @@ picture, `tables.py` puts the tables into the README."""
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +32,11 @@ def spread(rows: list[Row]) -> str:
     return f"{statistics.mean(gaps):.3f}" + (f" ± {(max(gaps) - min(gaps)) / 2:.3f}" if len(gaps) > 1 else "")
 
 
+def of_record(result: dict[str, Any]) -> list[Row]:
+    """The runs with the budget that the tables are of."""
+    return of(result["rows"], tokens=result["settings"]["tokens"])
+
+
 def cells(rows: list[Row]) -> list[tuple[str, int, int]]:
     """(model, bits, group size), in the order of the first seed's runs."""
     order = {"tinystories-656K": 0, "stories260K": 1, "embedded:pydoc": 2}
@@ -52,7 +58,7 @@ def ratios(rows: list[Row]) -> dict[tuple[int, int], float]:
 
 def together(result: dict[str, Any]) -> str:
     """The reference route and all levers, on every model and format."""
-    rows = result["rows"]
+    rows = of_record(result)
     lines = [
         "| bits / group | model | route | bits per weight | perplexity | gap | KL | agreement | gap, WikiText |",
         "|---" * 9 + "|",
@@ -77,14 +83,14 @@ def together(result: dict[str, Any]) -> str:
 
 def alone(result: dict[str, Any]) -> str:
     """Gap in domain with each lever by itself, on the models on which they were run."""
-    rows = result["rows"]
+    rows = of_record(result)
     singles = of(rows, seed=0)
     columns = [cell for cell in cells(rows) if of(singles, method=PLAIN, **_key(cell))]
     heads = [f"{model}, {nbits} / {group}" for model, nbits, group in columns]
     lines = [f"| | {' | '.join(heads)} | seconds |", "|---" * (len(heads) + 2) + "|"]
     for method in NAMES:
         found = [of(singles, method=method, **_key(cell)) for cell in columns]
-        if all(found):
+        if found and all(found):
             gaps = " | ".join(f"{mean(here, IN_DOMAIN, 'gap'):.3f}" for here in found)
             seconds = statistics.mean(here[0]["seconds"] for here in found)
             lines.append(f"| {NAMES[method]} | {gaps} | {seconds:.0f} |")
@@ -108,7 +114,7 @@ NAMES = {
 
 def sweep(result: dict[str, Any]) -> str:
     """Gap in domain with one setting of all levers together changed."""
-    singles = of(result["rows"], seed=0)
+    singles = of(of_record(result), seed=0)
     changed = [row for row in singles if row["method"].startswith(f"{TOGETHER}, ")]
     columns = list(dict.fromkeys((row["model"], row["nbits"], row["group_size"]) for row in changed))
     lines = [f"| | {' | '.join(f'{m}, {b} / {g}' for m, b, g in columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -116,6 +122,23 @@ def sweep(result: dict[str, Any]) -> str:
         found = [of(singles, method=method, **_key(cell)) for cell in columns]
         gaps = " | ".join(f"{mean(here, IN_DOMAIN, 'gap'):.3f}" if here else "-" for here in found)
         lines.append(f"| {method} | {gaps} |")
+    return "\n".join(lines)
+
+
+def budgets(result: dict[str, Any]) -> str:
+    """Gap in domain over the number of tokens, at 2-bit g64, and ours over the reference's."""
+    rows = of(result["rows"], nbits=2, group_size=64, seed=0)
+    models = [model for model in dict.fromkeys(row["model"] for row in rows) if model != "embedded:pydoc"]
+    lines = ["| tokens | " + " | ".join(f"{m}: hqq + LoRA | hqqplus | ratio" for m in models) + " |"]
+    lines.append("|---" * (3 * len(models) + 1) + "|")
+    for tokens in sorted({row["tokens"] for row in rows}):
+        cells = []
+        for model in models:
+            here = of(rows, tokens=tokens, model=model)
+            pair = [of(here, method=method) for method in (REFERENCE, TOGETHER)]
+            gaps = [mean(found, IN_DOMAIN, "gap") if found else math.nan for found in pair]
+            cells += [f"{gaps[0]:.3f}", f"{gaps[1]:.3f}", f"{gaps[1] / gaps[0]:.2f}"]
+        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -130,7 +153,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = result["rows"]
+    rows = of_record(result)
     models = list(dict.fromkeys(cell[0] for cell in cells(rows)))
     figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.6), squeeze=False)
     styles = {REFERENCE: ("hqq + LoRA", "C3", "o"), TOGETHER: ("hqqplus", "C0", "s")}
@@ -159,7 +182,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     picture(result, PICTURE)
-    print(together(result), "", alone(result), "", sweep(result), sep="\n")
+    print(together(result), "", alone(result), "", sweep(result), "", budgets(result), sep="\n")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def render(file: str) -> str:
         "methods": methods,
         "recovery": recovery_tables.together,
         "recovery#levers": recovery_tables.alone,
+        "recovery#budgets": recovery_tables.budgets,
         "embedded_2bit": embedded_2bit,
         "sass": sass,
         "cpu": cpu,
