@@ -90,9 +90,9 @@ def alone(result: dict[str, Any]) -> str:
     lines = [f"| | {' | '.join(heads)} | seconds |", "|---" * (len(heads) + 2) + "|"]
     for method in NAMES:
         found = [of(singles, method=method, **_key(cell)) for cell in columns]
-        if found and all(found):
-            gaps = " | ".join(f"{mean(here, IN_DOMAIN, 'gap'):.3f}" for here in found)
-            seconds = statistics.mean(here[0]["seconds"] for here in found)
+        if any(found):
+            gaps = " | ".join(f"{mean(here, IN_DOMAIN, 'gap'):.3f}" if here else "-" for here in found)
+            seconds = statistics.mean(here[0]["seconds"] for here in found if here)
             lines.append(f"| {NAMES[method]} | {gaps} | {seconds:.0f} |")
     return "\n".join(lines)
 
