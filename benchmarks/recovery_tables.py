@@ -4,7 +4,6 @@ picture, `tables.py` puts the tables into the README."""
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -114,9 +113,11 @@ NAMES = {
 
 def sweep(result: dict[str, Any]) -> str:
     """Gap in domain with one setting of all levers together changed."""
-    singles = of(of_record(result), seed=0)
+    singles = of(of_record(result), seed=0)  # `recovery.py --sweep`
     changed = [row for row in singles if row["method"].startswith(f"{TOGETHER}, ")]
     columns = list(dict.fromkeys((row["model"], row["nbits"], row["group_size"]) for row in changed))
+    if not columns:
+        return ""
     lines = [f"| | {' | '.join(f'{m}, {b} / {g}' for m, b, g in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method in dict.fromkeys([TOGETHER, *(row["method"] for row in changed)]):
         found = [of(singles, method=method, **_key(cell)) for cell in columns]
@@ -136,7 +137,10 @@ def budgets(result: dict[str, Any]) -> str:
         for model in models:
             here = of(rows, tokens=tokens, model=model)
             pair = [of(here, method=method) for method in (REFERENCE, TOGETHER)]
-            gaps = [mean(found, IN_DOMAIN, "gap") if found else math.nan for found in pair]
+            if not all(pair):
+                cells += ["-"] * 3
+                continue
+            gaps = [mean(found, IN_DOMAIN, "gap") for found in pair]
             cells += [f"{gaps[0]:.3f}", f"{gaps[1]:.3f}", f"{gaps[1] / gaps[0]:.2f}"]
         lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
