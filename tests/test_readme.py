@@ -53,13 +53,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SHORT = (
+    " training.max_steps=2",
+    " evaluation.max_tokens=1000",
+    " calibration.samples=16",
+    " calibration.epochs=1",
+)
+
+
 @pytest.mark.slow
 def test_every_other_command_and_the_python_run_in_order(folder: Path) -> None:
     # The run is cut short; all else is as it stands.
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     assert len(LOCAL) >= 7
     for command in LOCAL:
-        short = [" training.max_steps=2", " evaluation.max_tokens=1000"] if "hqqplus.train" in command else []
+        short = SHORT if "hqqplus.train" in command else ()
         done = subprocess.run(
             command + "".join(short), shell=True, cwd=folder, env=environment, capture_output=True, text=True
         )
