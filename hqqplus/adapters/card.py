@@ -30,7 +30,7 @@ comes up with random weights.
 ```python
 import hqqplus
 
-model = hqqplus.load("{base}", adapter="THIS_FOLDER")
+model = hqqplus.load("{load_from}", adapter="THIS_FOLDER")
 ```
 
 `hqqplus.json` holds the fingerprint of the base: an adapter on any other base is refused. Merging into the packed
@@ -44,9 +44,9 @@ base is refused too, because re-quantizing would destroy it; `hqqplus export` wr
 """
 
 
-def model_card(*, title: str, recipe: dict[str, Any], report: Any, base: str) -> str:
+def model_card(*, title: str, recipe: dict[str, Any], report: Any, base: str, packed: bool = False) -> str:
     """The Markdown card for an adapter on `base`, from its recipe (as a dict) and `report`
-    (`evaluation.report.Report`)."""
+    (`evaluation.report.Report`). `packed`: only the packed base will do, no quantizing of `base` brings it back."""
     import yaml
 
     quantization = recipe["quantization"]
@@ -54,6 +54,7 @@ def model_card(*, title: str, recipe: dict[str, Any], report: Any, base: str) ->
     return _CARD.format(
         title=title,
         base=base,
+        load_from="THE_PACKED_FOLDER_THAT_CAME_WITH_IT" if packed else base,
         nbits=quantization["nbits"],
         group="a whole row" if group == -1 else group,
         bpw=report.bits_per_weight,
