@@ -311,16 +311,10 @@ def _load_base(
         if fingerprint is not None and fingerprint.base == base:
             revision = revision or fingerprint.revision
         if fingerprint is not None and not is_packed(base):
-            if (
-                made := "its scales were trained"
-                if fingerprint.baked
-                else "calibrated"
-                if fingerprint.calibration
-                else ""
-            ):
+            if fingerprint.unrepeatable:
                 raise UserError(
                     f"adapter: {adapter}: this adapter belongs to a packed model that no quantizing of {base} brings "
-                    f"back ({made}): name the packed folder that came with it as the base"
+                    f"back ({fingerprint.unrepeatable}): name the packed folder that came with it as the base"
                 )
             try:
                 quantization = HqqPlusConfig(**fingerprint.quantization)

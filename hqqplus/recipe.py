@@ -179,6 +179,11 @@ class Adapter(Section):
         """LoRA's alpha: what is added is alpha / r times B A."""
         return 2 * self.r if self.lora_alpha is None else self.lora_alpha
 
+    @property
+    def start_rank(self) -> int:
+        """The rank of the factors that LoRA starts from: the largest that is named."""
+        return max([self.r, *self.rank_pattern.values()])
+
 
 class Recovery(Section):
     """What is trained beside LoRA, and against what.

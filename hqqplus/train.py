@@ -211,9 +211,12 @@ def run(recipe: Recipe) -> Report:
         if recipe.recovery.scales == "bake":
             base = str(output_dir / models.PACKED_FOLDERS[0])
             fingerprint = bake_backbone(model, base, tokenizer, fingerprint)
-        only = fingerprint.baked or fingerprint.calibration is not None
         card = model_card(
-            title=f"{output_dir.name} adapter", recipe=described, report=report, base=fingerprint.base, packed=only
+            title=f"{output_dir.name} adapter",
+            recipe=described,
+            report=report,
+            base=fingerprint.base,
+            packed=bool(fingerprint.unrepeatable),
         )
         ship_adapter(model, tokenizer, output_dir / ADAPTER_FOLDER, fingerprint, card)
         write_report(report, output_dir, summary.how_to_load(base, output_dir / ADAPTER_FOLDER))

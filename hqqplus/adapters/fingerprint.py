@@ -84,6 +84,13 @@ class Fingerprint:
             raise UserError(f"{path}: its format is {fields['format']}, this hqqplus reads {_FORMAT}: update hqqplus")
         return cls(**{**fields, "quantization": {"metadata_bits": 16, **fields["quantization"]}})
 
+    @property
+    def unrepeatable(self) -> str:
+        """Why quantizing `base` anew would not give this packed model; empty where it would."""
+        if self.baked:
+            return "its scales were trained"
+        return "calibrated" if self.calibration else ""
+
     def describe(self) -> str:
         """`2-bit g64 of NAME (sha256 0123456789ab)`, and whether its scales were trained."""
         trained = ", scales trained" if self.baked else ""

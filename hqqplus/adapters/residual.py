@@ -100,8 +100,11 @@ def apply_residual_start(model: Any, factors: Mapping[str, Factors], adapter_nam
         a, b = factors[name.removeprefix(prefix)]
         share = 1 / math.sqrt(module.scaling[adapter_name])
         lora_a, lora_b = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
-        lora_a.copy_(a * share)
-        lora_b.copy_(b * share)
+        # Directions come best first. A layer of a rank of its own takes as many as it has; more start as PEFT's do.
+        shared = min(len(a), len(lora_a))
+        lora_b.zero_()
+        lora_a[:shared] = a[:shared] * share
+        lora_b[:, :shared] = b[:, :shared] * share
         if module.use_dora.get(adapter_name, False):
             module.lora_magnitude_vector[adapter_name].update_layer(
                 base_layer=base, lora_A=lora_a, lora_B=lora_b, scaling=module.scaling[adapter_name]

@@ -84,7 +84,7 @@ def load_backbone(
     options = load_options(recipe, device)
     saved = section.save_to
     if saved is None:
-        collector = ResidualCollector(recipe.adapter.r)
+        collector = ResidualCollector(recipe.adapter.start_rank)
         with observe_packing(collector) if residual else nullcontext():
             model = models.load_causal_lm(name, quantization=config, **options)
         fingerprint = models.fingerprint_of(model, name, recipe.model.revision, versions)
@@ -157,7 +157,7 @@ def _calibrated(recipe: Recipe, device: torch.device, versions: dict[str, str], 
     assert saved is not None
     tokens = samples_of(recipe, text)
     plan, folder = recipe.quantization.plan(), calibration_folder(saved)
-    rank = recipe.adapter.r if recipe.adapter.init == "weighted" else 0
+    rank = recipe.adapter.start_rank if recipe.adapter.init == "weighted" else 0
 
     def solve() -> Calibration:
         return calibrate_parent(recipe, plan, tokens, folder, device, rank)
@@ -177,7 +177,7 @@ def _calibrated(recipe: Recipe, device: torch.device, versions: dict[str, str], 
 
 def _factors(model: Any, fingerprint: Fingerprint, recipe: Recipe) -> dict[str, Factors]:
     reader = models.parent_weights(fingerprint.base, fingerprint.revision)
-    return residuals_from_parent(model, reader, recipe.adapter.r)
+    return residuals_from_parent(model, reader, recipe.adapter.start_rank)
 
 
 def _packed(

@@ -59,6 +59,30 @@ def test_a_full_rank_start_gives_back_the_parent(random_model: Callable[..., Pat
     torch.testing.assert_close(model(IDS).logits, parent(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_a_layer_of_another_rank_takes_the_best_directions_that_it_has_room_for(
+    random_model: Callable[..., Path],
+) -> None:
+    collector = ResidualCollector(4)
+    with observe_packing(collector):
+        base = AutoModelForCausalLM.from_pretrained(
+            random_model("llama"), quantization_config=HqqPlusConfig(nbits=2, group_size=32)
+        )
+    ranks = {"q_proj": 2, "up_proj": 6}
+    config = LoraConfig(
+        r=4, lora_alpha=4, rank_pattern=ranks, alpha_pattern=ranks, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base, config)
+    apply_residual_start(model, collector.factors)
+    layers = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    for name, layer in layers.items():
+        a, b = collector.factors[name]
+        lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        kept = min(4, len(lora_a))
+        assert len(lora_a) == ranks.get(name.rsplit(".", 1)[1], 4)
+        torch.testing.assert_close(lora_b @ lora_a, b[:, :kept] @ a[:kept])
+        assert lora_a[kept:].abs().sum(1).gt(0).all()  # or these directions would never learn
+
+
 def test_factors_from_the_parent_equal_those_taken_while_quantizing(story_model: Path) -> None:
     collector = ResidualCollector(4)
     with observe_packing(collector):
