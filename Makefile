@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --d
 DEMO_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
 
-.PHONY: demo test test-slow lint format types env clean
+.PHONY: demo test test-slow test-long lint format types env clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -21,7 +21,11 @@ test: .venv/installed
 
 # What trains, kills and restarts.
 test-slow: .venv/installed
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not long and not gpu"
+
+# The same for longer: 50 kills, 10,000 mutated inputs, 2,000 steps; half an hour and more, and no part of CI.
+test-long: .venv/installed
+	$(PYTEST) -m "long and not gpu"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

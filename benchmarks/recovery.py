@@ -226,7 +226,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 def ours(recipe: Any) -> dict[str, Any]:
     import hqqplus
     from hqqplus.modules import packed_modules
-    from hqqplus.train import ADAPTER_FOLDER, run
+    from hqqplus.recovery.summary import ADAPTER_FOLDER
+    from hqqplus.train import run
 
     report = run(recipe)
     output = Path(recipe.output_dir)

@@ -28,17 +28,28 @@ Adapter = Annotated[Path | None, typer.Option(help="folder of an adapter to put 
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if there is one")]
 Compute = Annotated[str, typer.Option(help="auto, or int8: 8-bit activations in the layers of 1 bit")]
+AllowMismatch = Annotated[bool, typer.Option("--allow-mismatch", help="warn where fingerprints differ, and go on")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.max_steps=10")]
 
 
 @app.command()
-def train(recipe: Annotated[Path, typer.Argument(help="a YAML file")], overrides: Overrides = None) -> None:
+def train(
+    recipe: Annotated[Path, typer.Argument(help="a YAML file")],
+    overrides: Overrides = None,
+    allow_mismatch: AllowMismatch = False,
+) -> None:
     """Quantize, recover, measure and ship, as a recipe says; again to continue."""
     from hqqplus.recipe import load_recipe
+    from hqqplus.recovery.stopping import Interrupted
     from hqqplus.train import run
 
-    run(load_recipe(recipe, overrides or []))
+    try:
+        run(load_recipe(recipe, overrides or []), allow_mismatch)
+    except Interrupted as error:
+        # Typer would make an exit code of its own of it.
+        typer.echo(f"hqqplus: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
 
 
 @app.command()
@@ -169,6 +180,7 @@ def evaluate(
     device: Device = None,
     trust_remote_code: Trust = False,
     compute: Compute = "auto",
+    allow_mismatch: AllowMismatch = False,
     as_json: Annotated[bool, typer.Option("--json", help="everything in JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Perplexity on a text, distance to the parent, task scores: of a model, with or without an adapter."""
@@ -186,7 +198,11 @@ def evaluate(
         rows = load_rows(texts, split, where="TEXTS")
         form = RowForm(text_field=text_field)
         form.check(rows, "TEXTS")
-    loaded, tokenizer = _load(model, adapter, revision, compute=compute, **options)
+    from hqqplus.models import check_parent, load, load_with_tokenizer
+
+    loaded, tokenizer = load_with_tokenizer(
+        model, adapter, revision=revision, compute=compute, allow_mismatch=allow_mismatch, **options
+    )
     found: dict[str, Any] = {}
     if texts is not None:
         windows = make_windows(form.documents(rows, tokenizer), tokenizer, max_length, max_tokens, texts)
@@ -194,9 +210,10 @@ def evaluate(
             found |= {"perplexity": perplexity(loaded, windows, batch_size).perplexity}
         else:
             from hqqplus.evaluation.divergence import divergence
-            from hqqplus.models import load
 
-            apart = divergence(load(against, **options), loaded, windows, batch_size)
+            parent = load(against, **options)
+            check_parent(model, adapter, against, allow_mismatch)
+            apart = divergence(parent, loaded, windows, batch_size)
             found |= {"perplexity": apart.model.perplexity, "parent_perplexity": apart.parent.perplexity}
             found |= {"kl": apart.kl, "agreement": apart.agreement}
         found |= {"tokens": windows.tokens, "max_length": max_length}
@@ -245,12 +262,16 @@ def generate(
     device: Device = None,
     trust_remote_code: Trust = False,
     compute: Compute = "auto",
+    allow_mismatch: AllowMismatch = False,
 ) -> None:
     """Continue prompts, greedily."""
     from hqqplus.evaluation.samples import complete
+    from hqqplus.models import load_with_tokenizer
 
     options: dict[str, Any] = {"dtype": _dtype(dtype), "device": device, "trust_remote_code": trust_remote_code}
-    loaded, tokenizer = _load(model, adapter, revision, compute=compute, **options)
+    loaded, tokenizer = load_with_tokenizer(
+        model, adapter, revision=revision, compute=compute, allow_mismatch=allow_mismatch, **options
+    )
     for prompt, completion in zip(prompts, complete(loaded, tokenizer, prompts, max_new_tokens), strict=True):
         typer.echo(prompt + completion)
 
@@ -263,6 +284,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_mismatch: AllowMismatch = False,
 ) -> None:
     """Write dequantized weights + adapter as an ordinary 16-bit checkpoint."""
     import torch
@@ -273,7 +295,15 @@ def export(
         raise UserError(f"{output}: exists already: name another folder")
     if dtype not in ("bfloat16", "float16"):
         raise UserError(f"--dtype: {dtype!r} is not one of bfloat16, float16")
-    write(model, adapter, output, getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code)
+    write(
+        model,
+        adapter,
+        output,
+        getattr(torch, dtype),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_mismatch=allow_mismatch,
+    )
     typer.echo(f"{output}: an ordinary checkpoint in {dtype}")
 
 
@@ -366,26 +396,6 @@ def _dtype(name: str) -> str:
     if name not in ("auto", "bfloat16", "float16", "float32"):
         raise UserError(f"--dtype: {name!r} is not one of auto, bfloat16, float16, float32")
     return name
-
-
-def _load(
-    model: str,
-    adapter: Path | None,
-    revision: str | None,
-    dtype: str,
-    device: str | None,
-    trust_remote_code: bool,
-    compute: str,
-) -> tuple[Any, Any]:
-    """(model, tokenizer): the adapter's tokenizer if it brings one (it may have grown), else the model's."""
-    from hqqplus.models import load, load_tokenizer
-
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    loaded = load(model, adapter, dtype=dtype, device=device, compute=compute, **options)
-    home = model
-    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
-        home, options["revision"] = str(adapter), None
-    return loaded, load_tokenizer(home, where="model", **options)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import glob
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hqqplus.embedded import DATA_NAME
 from hqqplus.errors import UserError
+
+# datasets counts every data set that is read, local files too, with a request to its makers. Read when it is imported.
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -156,6 +160,12 @@ def _translate(error: Exception, name: str, split: str, where: str, hub: bool = 
         _bad_split(name, split, where, error)
     if "corresponds to no data" in text:
         raise UserError(f"{where}: a split of '{name}' is empty; at least one row is needed ({text})") from error
+    cache = _cache()
+    if (isinstance(error, FileNotFoundError) and cache in text) or "metadata bytes" in text:
+        raise UserError(
+            f"{where}: the copy of '{name}' in the cache of datasets is damaged, or half of it was removed: remove "
+            f"the rest in {cache} too, and start again"
+        ) from error
     cause = error.__cause__ or error
     reason = " ".join(str(cause).split()) or type(cause).__name__
     if len(reason) > 400:
@@ -165,6 +175,12 @@ def _translate(error: Exception, name: str, split: str, where: str, hub: bool = 
     raise UserError(
         f"{where}: '{name}' is no local path, and loading it from the Hugging Face hub failed: {reason}. {_ALLOWED}"
     ) from error
+
+
+def _cache() -> str:
+    import datasets
+
+    return str(datasets.config.HF_DATASETS_CACHE)
 
 
 def _refuse_config(config_name: str | None, name: str, where: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,12 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file is too large for it",
 }
+
+# What torch.save says where the system takes no more bytes: it names its own line, and no number.
+_TORCH_WRITER = "inline_container.cc"
+
+# The names that `replacing`, `replacing_folder` and `move_folder` make up.
+_TEMPORARY = re.compile(r"\..+\.\d+\.(tmp(\.[^.]+)?|old)")
 
 
 def check_output(path: str | Path, where: str) -> None:
@@ -68,6 +76,8 @@ def full_disk(path: str | Path, where: str, advice: str = "make room and run it 
         number = error.errno if isinstance(error, OSError) else None
         # safetensors reports the system's errors as a text of its own.
         text = next((t for n, t in _FULL.items() if number == n or f"(os error {n})" in str(error)), None)
+        if text is None and _TORCH_WRITER in str(error):
+            text = "a file could not be written whole"
         if text is None:
             raise
         free = shutil.disk_usage(_existing(path)).free
@@ -114,6 +124,21 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(folder: str | Path, recursive: bool = False) -> None:
+    """Remove from `folder` what writers of this module left under temporary names when they were killed.
+
+    Nobody else may be writing there.
+    """
+    folder = Path(folder)
+    for path in sorted(folder.rglob(".*") if recursive else folder.glob(".*")):
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def move_folder(source: Path, target: Path) -> None:
     """Rename folder `source` to `target` on the same disk; what stood at `target` goes only once that is done."""
     if not target.exists():
@@ -129,9 +154,35 @@ def move_folder(source: Path, target: Path) -> None:
     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
+def sync(path: str | Path, recursive: bool = True) -> None:
+    """Have the system write folder `path` to the disk: its entries, and all that is below it if `recursive`."""
+    path = Path(path)
+    below = sorted(path.rglob("*")) if recursive else []
+    for entry in (*below, path):
+        try:
+            handle = os.open(entry, os.O_RDONLY)
+        except OSError:
+            continue  # Windows opens no folders
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            # Some file systems refuse it for folders. A disk that failed says so by another number.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                raise
+        finally:
+            os.close(handle)
+
+
+def sha256_of_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def locked_folder(path: str | Path, where: str) -> Iterator[None]:
     """Hold `path`, a folder, for this process alone; the system lets go of it when the process ends, however it ends.
+
+    What processes that were killed left in it under temporary names is removed.
 
     Raises:
         UserError: if another process holds it.
@@ -149,6 +200,7 @@ def locked_folder(path: str | Path, where: str) -> Iterator[None]:
             raise UserError(f"{where}: {path}: another process is at work there") from None
         except OSError:
             pass  # a file system without locks
+        remove_leftovers(path, recursive=True)
         yield
     finally:
         os.close(handle)

@@ -10,27 +10,39 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hqqplus.adapters.fingerprint import Fingerprint, check_base, packed_sha256
+from hqqplus.adapters.fingerprint import (
+    CONTENTS,
+    PARENT,
+    SOLVER,
+    Fingerprint,
+    check_base,
+    check_packed,
+    check_tokenizer,
+    differences,
+    packed_sha256,
+    settle,
+)
+from hqqplus.digests import checkpoint_digest, weight_files
 from hqqplus.embedded import MODEL_DIR, MODEL_NAME
 from hqqplus.errors import UserError
 from hqqplus.files import check_output, replacing_folder, write_text
 from hqqplus.kernels import int8
 from hqqplus.modules import PackedLinear, packed_modules
+from hqqplus.quantization.solver import SOLVER_VERSION
+from hqqplus.untrusted import check_adapter_files, check_links, check_model_files, read_json
 
 if TYPE_CHECKING:
     from hqqplus.integrations.transformers import HqqPlusConfig
 
 COMPUTE = ("auto", "int8")
-# Files that hold weights, in the order transformers looks for them.
-_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
-
+_log = logging.getLogger(__name__)
 
 PACKED_FOLDERS = ("backbone", "base")
 """Where a run leaves packed models beside its adapter: with trained scales, and as quantized."""
@@ -45,15 +57,16 @@ def check_folder(name: str, where: str) -> None:
     """Refuse what is meant as a local model folder but is none.
 
     Raises:
-        UserError: if the path does not exist, or lacks `config.json` or weights.
+        UserError: if the path does not exist, lacks `config.json` or weights, or has files that cannot be what they
+            should be (`untrusted.check_model_files`).
     """
     path = Path(resolve_name(name))
     if not is_local(name, where):
         return
     if not (path / "config.json").is_file():
         raise UserError(f"{where}: {name}: this folder holds no model (no config.json)")
-    if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
-        raise UserError(f"{where}: {name}: this folder holds no weights (no *.safetensors)")
+    with one_sentence(name, where):
+        check_model_files(path)
 
 
 def is_local(name: str, where: str) -> bool:
@@ -88,6 +101,10 @@ def one_sentence(name: str, where: str) -> Iterator[None]:
         if first.endswith(":") and rest:
             first = f"{first} {rest[0]}"
         raise UserError(f"{where}: {name}: {first}") from error
+    except (AttributeError, AssertionError, ArithmeticError, MemoryError) as error:
+        # Libraries that took a file for what it said it was.
+        text = " ".join(str(error).split())
+        raise UserError(f"{where}: {name}: it cannot be read ({type(error).__name__}: {text})") from error
 
 
 @contextmanager
@@ -223,8 +240,10 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    is_local(name, where)
+    local = is_local(name, where)
     with one_sentence(f"{name}: the tokenizer", where):
+        if local:
+            check_links(Path(resolve_name(name)))
         arguments = {"revision": revision} if revision is not None else {}
         tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code, **arguments)
     if tokenizer.pad_token is None:
@@ -238,7 +257,7 @@ def is_packed(name: str) -> bool:
     """Whether local folder `name` holds a packed model."""
     path = Path(resolve_name(name)) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError):
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
@@ -254,6 +273,7 @@ def load(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     compute: str = "auto",
+    allow_mismatch: bool = False,
 ) -> Any:
     """Load a model for use: a packed folder, a full-precision one, or either with an adapter on top.
 
@@ -266,6 +286,7 @@ def load(
         device: where to; by default the GPU if there is one.
         compute: "int8" rounds the activations of the layers of 1 bit to 8 bits a token wherever no gradient is asked
             for (`kernels/int8.py`), and says which packed layers it leaves alone; "auto" rounds none.
+        allow_mismatch: put the adapter on a base that it was not trained on, with a warning that names both.
 
     Returns:
         A transformers model in evaluation mode, or a `PeftModel` around it.
@@ -276,10 +297,96 @@ def load(
     """
     if compute not in COMPUTE:
         raise UserError(f"compute is {compute!r}: it must be one of {', '.join(COMPUTE)}")
-    _, adapter, model = _load_base(name, adapter, revision, dtype, device, trust_remote_code)
+    base, adapter, model = _load_base(name, adapter, revision, dtype, device, trust_remote_code, allow_mismatch)
     if compute == "int8":
         use_int8(model, str(name))
-    return model if adapter is None else put_adapter(model, adapter)
+    return model if adapter is None else put_adapter(model, adapter, base, allow_mismatch)
+
+
+def load_with_tokenizer(
+    name: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_mismatch: bool = False,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """`load`, and the tokenizer: the adapter's if it brings one (it may have grown), else the model's.
+
+    Tokenizer and chat template, and without an adapter the packed tensors, must be those that the folder was written
+    with.
+
+    Args:
+        allow_mismatch: warn instead of refusing.
+        options: the other arguments of `load`.
+
+    Raises:
+        UserError: as `load`, or if tokenizer, template or packed tensors are others.
+    """
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = load(name, adapter, allow_mismatch=allow_mismatch, **common, **options)
+    home = name
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        home, common["revision"] = adapter, None
+    tokenizer = load_tokenizer(str(home), where="model", **common)
+    _check_folder(name, adapter, model, tokenizer, allow_mismatch)
+    return model, tokenizer
+
+
+def _check_folder(name: str | Path, adapter: str | Path | None, model: Any, tokenizer: Any, allow: bool) -> None:
+    """Check what `load` alone does not: the tokenizer, and packed tensors that no adapter has asked for."""
+    folder = resolve_name(str(name)) if adapter is None else adapter
+    _warn(check_tokenizer(tokenizer, folder, allow))
+    if is_packed(str(folder)):
+        _warn(check_packed(model, folder, allow))
+
+
+def _warn(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        _log.warning("%s", sentence)
+
+
+def content_digest(name: str, revision: str | None = None) -> str | None:
+    """`digests.checkpoint_digest` of model `name`, a folder or a hub id; None where its files are not on this machine.
+
+    Raises:
+        UserError: if they are there and damaged.
+    """
+    folder = Path(resolve_name(name))
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            found = try_to_load_from_cache(name, "config.json", revision=revision)
+        except ValueError:  # no name for a hub
+            return None
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    if not (folder / "config.json").is_file() or not weight_files(folder):
+        return None
+    with one_sentence(name, "the parent"):
+        return checkpoint_digest(folder)
+
+
+def check_parent(name: str | Path, adapter: str | Path | None, parent: str, allow_mismatch: bool = False) -> None:
+    """Refuse `parent`, a model, if adapter or packed folder `name` were made from another one; pass what is not known.
+
+    A packed `parent` counts as what it was quantized from.
+
+    Raises:
+        UserError: naming both.
+    """
+    folder = Path(resolve_name(str(name)) if adapter is None else adapter)
+    wanted, noted = Fingerprint.read(folder), Fingerprint.read(resolve_name(parent))
+    contents = noted.parent_digest if noted is not None else content_digest(parent)
+    if wanted is None or contents is None:
+        return
+    changes = differences(
+        wanted.identity(), {PARENT: noted.base if noted else parent, CONTENTS: contents}, "hqqplus.json"
+    )
+    _warn(settle(f"{folder}: {parent} is not its parent", changes, "name the parent", allow_mismatch))
 
 
 def _load_base(
@@ -289,6 +396,7 @@ def _load_base(
     dtype: str | torch.dtype,
     device: torch.device | str | None,
     trust_remote_code: bool,
+    allow_mismatch: bool,
 ) -> tuple[str, str | Path | None, Any]:
     """(base name, adapter folder, base model), with the base that the adapter's fingerprint asks for."""
     from hqqplus.integrations.transformers import HqqPlusConfig
@@ -311,11 +419,12 @@ def _load_base(
         if fingerprint is not None and fingerprint.base == base:
             revision = revision or fingerprint.revision
         if fingerprint is not None and not is_packed(base):
-            if fingerprint.unrepeatable:
+            if fingerprint.unrepeatable and not allow_mismatch:
                 raise UserError(
                     f"adapter: {adapter}: this adapter belongs to a packed model that no quantizing of {base} brings "
                     f"back ({fingerprint.unrepeatable}): name the packed folder that came with it as the base"
                 )
+            _check_repeatable(fingerprint, adapter, base, revision, allow_mismatch)
             try:
                 quantization = HqqPlusConfig(**fingerprint.quantization)
             except (ValueError, TypeError) as error:
@@ -330,6 +439,18 @@ def _load_base(
         where="model",
     )
     return base, adapter, model
+
+
+def _check_repeatable(
+    fingerprint: Fingerprint, adapter: str | Path, base: str, revision: str | None, allow: bool
+) -> None:
+    """Refuse, before the work, to quantize `base` for an adapter to what it was not trained on."""
+    here = {PARENT: base, SOLVER: str(SOLVER_VERSION)}
+    if fingerprint.parent_digest is not None and (contents := content_digest(base, revision)) is not None:
+        here[CONTENTS] = contents
+    changes = differences(fingerprint.identity(), here, "adapter")
+    head = f"adapter: {adapter}: what it was trained on cannot be quantized from {base} here"
+    _warn(settle(head, changes, "name the packed folder that it was trained on as the base", allow))
 
 
 def _packed_beside(adapter: str | Path, fingerprint: Fingerprint) -> str | None:
@@ -358,7 +479,7 @@ def use_int8(model: Any, name: str) -> None:
         specs = {path: layers[path].spec for path in others}
         named = [f"{path} ({s.nbits}-bit{', axis 0' if s.axis == 0 else ''})" for path, s in specs.items()]
         more = f" and {len(named) - 3} more" if named[3:] else ""
-        logging.getLogger(__name__).warning(
+        _log.warning(
             "int8: %d layers of 1 bit take 8-bit activations; the 16-bit route stays for %s%s",
             len(layers) - len(others),
             ", ".join(named[:3]),
@@ -366,8 +487,14 @@ def use_int8(model: Any, name: str) -> None:
         )
 
 
-def put_adapter(model: Any, adapter: str | Path, check: bool = True) -> Any:
+def put_adapter(
+    model: Any, adapter: str | Path, base: str | None = None, allow_mismatch: bool = False, check: bool = True
+) -> Any:
     """`PeftModel.from_pretrained(model, adapter)`, refused by fingerprint (`check`) where the base is another one.
+
+    Args:
+        base: name of the model, whose folder may say more of it than its tensors.
+        allow_mismatch: warn instead of refusing.
 
     Raises:
         UserError: as said, or if the adapter's files are damaged.
@@ -375,19 +502,45 @@ def put_adapter(model: Any, adapter: str | Path, check: bool = True) -> Any:
     from peft import PeftModel
 
     if check:
-        check_base(model, adapter)
+        _warn(_check_base(model, adapter, base, allow_mismatch))
     with one_sentence(str(adapter), "adapter"):
+        if Path(adapter).is_dir():
+            check_adapter_files(adapter)
         return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
+def _check_base(model: Any, adapter: str | Path, base: str | None, allow: bool) -> list[str]:
+    noted = Fingerprint.read(resolve_name(base)) if base is not None and is_packed(base) else None
+    return check_base(model, adapter, noted, allow)
+
+
 def fingerprint_of(
-    model: Any, base: str, revision: str | None, versions: dict[str, str], sha256: str | None = None
+    model: Any,
+    base: str,
+    revision: str | None,
+    versions: dict[str, str],
+    sha256: str | None = None,
+    tokenizer: Any = None,
 ) -> Fingerprint:
-    """The fingerprint of quantized `model`, which was loaded from `base`. `sha256` is `packed_sha256` where known."""
+    """The fingerprint of `model`, which was quantized from `base` here.
+
+    Args:
+        sha256: `packed_sha256` where it is known.
+        tokenizer: of the model, for its digests.
+    """
     config = model.config.quantization_config
     commit = revision or getattr(model.config, "_commit_hash", None)
     quantization = {k: v for k, v in config.to_dict().items() if k != "quant_method"}
-    return Fingerprint(base, commit, sha256 or packed_sha256(model), quantization, versions)
+    found = Fingerprint(
+        base,
+        commit,
+        sha256 or packed_sha256(model),
+        quantization,
+        versions,
+        parent_digest=content_digest(base, commit),
+        solver=SOLVER_VERSION,
+    )
+    return found if tokenizer is None else found.with_tokenizer(tokenizer)
 
 
 def write_companions(folder: Path, tokenizer: Any, fingerprint: Fingerprint) -> None:
@@ -405,22 +558,27 @@ def export(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_mismatch: bool = False,
 ) -> None:
     """Write dequantized base + adapter as an ordinary 16-bit checkpoint, for tools that know nothing of packed layers.
 
     The size is the parent's again; the quality is that of the recovered model, up to the rounding to `dtype`.
 
+    Args:
+        allow_mismatch: warn instead of refusing what does not belong together.
+
     Raises:
         UserError: if base or adapter are missing, damaged, or do not belong together.
     """
     check_output(output, "output")
-    base, adapter, model = _load_base(name, adapter, revision, torch.float32, "cpu", trust_remote_code)
+    base, adapter, model = _load_base(name, adapter, revision, torch.float32, "cpu", trust_remote_code, allow_mismatch)
     has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(
         str(adapter) if has_tokenizer else base, trust_remote_code=trust_remote_code, where="model"
     )
     if adapter is not None:
-        check_base(model, adapter)
+        _warn(_check_base(model, adapter, base, allow_mismatch))
+    _check_folder(base, adapter, model, tokenizer, allow_mismatch)
     if getattr(model, "is_quantized", False):
         model = model.dequantize(torch.float32)
     if adapter is not None:

@@ -213,7 +213,11 @@ class Recovery(Section):
 
 
 class Data(Section):
-    """What is trained on. Exactly one form: a column of text, prompt and completion, or messages."""
+    """What is trained on. Exactly one form: a column of text, prompt and completion, or messages.
+
+    `streaming` reads rows while they are trained on, through a buffer of `shuffle_buffer` rows (0: in their order).
+    `masked_rows` says what becomes of rows without a token that the loss sees.
+    """
 
     path_or_name: Name
     config_name: Name | None = None
@@ -227,6 +231,9 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=8)] = 1024
     packing: Switch = "auto"
     eos: bool = True
+    streaming: bool = False
+    shuffle_buffer: Annotated[int, Field(ge=0)] = 1000
+    masked_rows: Literal["refuse", "drop"] = "refuse"
 
     @classmethod
     def _cross_checks(cls, values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
@@ -281,14 +288,16 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     output_dir: Name
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # numpy takes no larger one
 
     @classmethod
     def _cross_checks(cls, values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-        training, adapter, quantization, calibration, recovery = (
+        training, adapter, quantization, calibration, recovery, data = (
             section if isinstance(section := values.get(name), Mapping) else {}
-            for name in ("training", "adapter", "quantization", "calibration", "recovery")
+            for name in ("training", "adapter", "quantization", "calibration", "recovery", "data")
         )
+        if data.get("streaming") is True:
+            yield from _stream_problems(training, recovery)
         if training.get("fp16") is True and training.get("bf16") is True:
             yield ("training", "fp16"), "fp16 and bf16 exclude each other"
         calibrated = calibration.get("method", "none") != "none"
@@ -315,6 +324,22 @@ class Recipe(Section):
                 ("adapter", "use_dora"),
                 "DoRA takes its magnitudes from frozen scales: recovery.scales must not be bake",
             )
+
+
+def _stream_problems(training: Mapping[str, Any], recovery: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """What cannot be had with rows whose number nobody knows."""
+    steps = training.get("max_steps")
+    if steps is None or (isinstance(steps, int) and steps <= 0):
+        yield ("data", "streaming"), "a stream has no length to count epochs by: give training.max_steps"
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if training.get(name) == "epoch":
+            yield ("training", name), "a stream (data.streaming) has no epochs: use steps"
+    if recovery.get("teacher") == "cache":
+        yield (
+            ("recovery", "teacher"),
+            "a cache keeps the targets of every row, and a stream (data.streaming) has no set of rows: use online "
+            "or 8bit",
+        )
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -355,7 +380,7 @@ def _in_words(section: type[Section], error: ErrorDetails) -> str:
         return wrong_type(value, needed[kind])
     for limit, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
         if limit in limits:
-            return f"{shown(value)} is out of range: {words} {limits[limit]:g} is needed"
+            return f"{shown(value)} is out of range: {words} {limits[limit]:.10g} is needed"
     return error["msg"]
 
 
@@ -429,8 +454,16 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
     # Where activations and the teacher's targets lie.
     for name, place in (("calibration", "store"), ("recovery", "teacher_cache")):
         kept[name] = {key: value for key, value in kept.get(name, {}).items() if key != place}
+    data = kept.get("data", {})
+    # Rows without a loss train nothing, whatever becomes of them.
+    left_out = ["masked_rows"] if data.get("streaming") else ["masked_rows", "streaming", "shuffle_buffer"]
+    kept["data"] = {name: value for name, value in data.items() if name not in left_out}
+    # The workers of a loader share out the files of a stream, which decides the order of its rows.
+    matters = ("dataloader_num_workers",) if data.get("streaming") else ()
     training = kept.get("training", {}).items()
-    kept["training"] = {name: value for name, value in training if not name.startswith(WITHOUT_EFFECT)}
+    kept["training"] = {
+        name: value for name, value in training if name in matters or not name.startswith(WITHOUT_EFFECT)
+    }
     return kept
 
 

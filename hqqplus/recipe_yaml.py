@@ -7,10 +7,11 @@ which are what people mean: `1e-4` is a number and `no` is a word, where PyYAML'
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ Key = tuple[str | int, ...]
 """Where a value stands in a recipe: `("training", "optim")`, `("evaluation", "prompts", 0)`."""
 
 COMMAND_LINE = "command line"
+
+# A recipe is written by hand: what is above these limits is no recipe, and would cost minutes and gigabytes to refuse
+# in detail. A plan that names each layer of a model of 70 B parameters has some 6,000 values in 50 KB.
+MAX_BYTES = 2**20
+MAX_VALUES = 50_000
+MAX_DEPTH = 32
+MAX_EXTENDS = 16
+MAX_DIGITS = 1000  # Python takes hours to convert numbers with very many, or refuses to
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +53,8 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        text = ": ".join(part for part in (str(self.where), self.key, self.what) if part)
+        key = self.key if len(self.key) <= 200 else f"{self.key[:197]}..."
+        text = ": ".join(part for part in (str(self.where), key, self.what) if part)
         # One problem, one line, whatever stands in the keys of the file.
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -74,7 +84,9 @@ class Document:
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     """Read a recipe file, the files that it extends, and `key=value` strings over them.
 
-    Never raises for what is wrong with the input: everything that is stands in the document's `problems`.
+    Never raises for what is wrong with the input: everything that is stands in the document's `problems`. That
+    includes what is too much of it: a file of more than `MAX_BYTES`, more than `MAX_VALUES` values once its aliases
+    are written out, nesting deeper than `MAX_DEPTH`, more than `MAX_EXTENDS` files that extend one another.
     """
     document = _read_chain(str(path), chain=())
     for text in overrides:
@@ -94,8 +106,12 @@ def _read_chain(path: str, chain: tuple[str, ...]) -> Document:
     if not isinstance(base, str) or not base:
         what = f"{_found(base)}; the path of another recipe, relative to this one, is needed"
         return _cannot_extend(document, what)
+    if (what := _no_path(base)) is not None:
+        return _cannot_extend(document, what)
     base_path = os.path.normpath(os.path.join(os.path.dirname(path), base))
     chain = (*chain, path)
+    if len(chain) >= MAX_EXTENDS:
+        return _cannot_extend(document, f"{base}: this would be file {len(chain) + 1}; at most {MAX_EXTENDS} are read")
     seen = [os.path.realpath(file) for file in chain]
     if os.path.realpath(base_path) in seen:
         return _cannot_extend(document, f"a recipe cannot extend itself: {' -> '.join((*chain, base_path))}")
@@ -120,8 +136,14 @@ def _read_file(path: str) -> Document:
         document.unread.add(())
         return document
 
+    if (what := _no_path(path)) is not None:
+        return unreadable(what)
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            return unreadable(f"not a recipe: it is larger than {MAX_BYTES // 2**20} MiB")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         return unreadable(_no_such_file(path))
     except UnicodeDecodeError:
@@ -137,15 +159,23 @@ def _read_file(path: str) -> Document:
         values = _construct(node, (), document)
     except yaml.YAMLError as error:
         what, line = _syntax(error, text)
-        return unreadable(f"not valid YAML: {what}", line)
-    except RecursionError:
-        return unreadable("not a recipe: it is nested too deeply")
+        return unreadable(what, line)
     if not isinstance(values, dict):
         return unreadable(f"{_found(values)}; a mapping of sections is needed", node.start_mark.line + 1)
     document.values = values
     # What is missing altogether has no line of its own: it is reported at the file's first.
     document.where[()] = Position(False, path, 1)
     return document
+
+
+def _no_path(path: str) -> str | None:
+    """Why the system could not even be asked for `path`."""
+    try:
+        if b"\0" not in os.fsencode(path):
+            return None
+    except UnicodeEncodeError:
+        pass
+    return f"{shown(path)} is not the name of a file: it has characters that no file can have"
 
 
 def _no_such_file(path: str) -> str:
@@ -166,7 +196,7 @@ def _merge(base: Document, over: Document, key: Key = ()) -> None:
     into, values = _at(base.values, key), _at(over.values, key)
     for name, value in values.items():
         here = (*key, name)
-        old = into.get(name)
+        old = into.get(name, _MISSING)
         if isinstance(old, dict) and value is None and not key:
             continue  # A section's heading with nothing under it says nothing.
         # Moved to the end: of two patterns in `quantization.overrides` the later one wins, and that is the child's.
@@ -177,13 +207,21 @@ def _merge(base: Document, over: Document, key: Key = ()) -> None:
             _merge(base, over, here)
         else:
             into[name] = value
-            _move_positions(base, over.where, here)
+            if old is not _MISSING:
+                for gone in _places(old, here):
+                    base.where.pop(gone, None)
+            base.where.update({k: over.where[k] for k in _places(value, here) if k in over.where})
 
 
-def _move_positions(document: Document, source: dict[Key, Position], key: Key) -> None:
-    for old in [k for k in document.where if k[: len(key)] == key]:
-        del document.where[old]
-    document.where.update({k: position for k, position in source.items() if k[: len(key)] == key})
+_MISSING = object()
+
+
+def _places(value: Any, key: Key) -> Iterator[Key]:
+    """The keys of a plain value that stands at `key`: its own, and those of all that is in it."""
+    yield key
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in inner:
+        yield from _places(item, (*key, name))
 
 
 def _at(values: Any, key: Key) -> Any:
@@ -206,7 +244,11 @@ def _override(document: Document, text: str) -> None:
         document.problems.append(Problem(here, name, what))
 
     if not equals or not all(key):
-        document.problems.append(Problem(here, "", f"{text!r} is not of the form key=value (training.max_steps=10)"))
+        what = f"{shown(text)} is not of the form key=value (training.max_steps=10)"
+        document.problems.append(Problem(here, "", what))
+        return
+    if len(key) > MAX_DEPTH:
+        report(f"nested deeper than {MAX_DEPTH} levels")
         return
     if key == ("extends",):
         report("belongs in a recipe file")
@@ -217,10 +259,7 @@ def _override(document: Document, text: str) -> None:
         node = _compose(value_text)
         value = None if node is None else _construct(node, (), scratch)
     except yaml.YAMLError as error:
-        report(f"not valid YAML: {_syntax(error, value_text)[0]}")
-        return
-    except RecursionError:
-        report("nested too deeply")
+        report(_syntax(error, value_text)[0])
         return
     for problem in scratch.problems:
         report(f"{problem.key}: {problem.what}" if problem.key else problem.what)
@@ -235,18 +274,41 @@ def _override(document: Document, text: str) -> None:
             report(f"{dotted(key[:depth])} is {shown(inner)}, not a mapping")
             return
         into = inner
-    into.pop(str(key[-1]), None)
+    for gone in _places(into.pop(str(key[-1]), None), key):
+        document.where.pop(gone, None)
     into[str(key[-1])] = value
-    _move_positions(document, {(*key, *k): here for k in scratch.where}, key)
+    document.where.update({(*key, *k): here for k in scratch.where})
 
 
 # YAML ---------------------------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; scalars are resolved by YAML 1.2's core schema."""
+    """Composes nodes, within limits; scalars are resolved by YAML 1.2's core schema."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (as the base class declares it)
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth, self._values = self._depth + 1, self._values + 1
+        if self._depth > MAX_DEPTH or self._values > MAX_VALUES:
+            raise _too_much(self._depth, self.peek_event().start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self._depth -= 1
+        return node
+
+
+class _TooMuch(yaml.MarkedYAMLError):
+    """Valid YAML, and no recipe."""
+
+
+def _too_much(depth: int, mark: yaml.Mark) -> _TooMuch:
+    if depth > MAX_DEPTH:
+        return _TooMuch(problem=f"it is nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
+    return _TooMuch(problem=f"it has more than {MAX_VALUES:,} values", problem_mark=mark)
 
 
 _NULL, _BOOL, _INT, _FLOAT, _STR = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str"))
@@ -272,8 +334,21 @@ def _compose(text: str) -> yaml.Node | None:
         loader.dispose()
 
 
-def _construct(node: yaml.Node, key: Key, document: Document, around: tuple[yaml.Node, ...] = ()) -> Any:
-    """The plain value of a node. Places go into `document.where`, a key's own line for what a mapping holds."""
+def _construct(
+    node: yaml.Node,
+    key: Key,
+    document: Document,
+    around: tuple[yaml.Node, ...] = (),
+    count: Iterator[int] | None = None,
+) -> Any:
+    """The plain value of a node. Places go into `document.where`, a key's own line for what a mapping holds.
+
+    Raises:
+        yaml.YAMLError: if aliases multiply it beyond the limits; `count` counts the values so far.
+    """
+    count = count or itertools.count(1)
+    if next(count) > MAX_VALUES or len(around) >= MAX_DEPTH:
+        raise _too_much(len(around) + 1, node.start_mark)
 
     def report(at: yaml.Node, what: str) -> None:
         document.problems.append(Problem(position(at), dotted(key), what))
@@ -306,13 +381,16 @@ def _construct(node: yaml.Node, key: Key, document: Document, around: tuple[yaml
             else:
                 document.where[inner] = position(key_node)
                 lines[name] = key_node.start_mark.line + 1
-                values[name] = _construct(value_node, inner, document, around)
+                values[name] = _construct(value_node, inner, document, around, count)
         return values
     if isinstance(node, yaml.SequenceNode) and node.tag == _SEQUENCE:
-        return [_construct(item, (*key, index), document, around) for index, item in enumerate(node.value)]
+        return [_construct(item, (*key, index), document, around, count) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode):
         try:
             return _scalar(node)
+        except OverflowError:
+            report(node, f"{shown(node.value)} is too large a number")
+            return None
         except ValueError:
             report(node, f"{shown(node.value)} cannot be read as {_tag_name(node.tag)}")
             return None
@@ -331,6 +409,8 @@ def _scalar(node: yaml.ScalarNode) -> Any:
         return None
     if node.tag == _BOOL:
         return text.lower() == "true"
+    if len(text) > MAX_DIGITS:
+        raise OverflowError
     if node.tag == _INT:
         # Base 0 would refuse the leading zeros that YAML 1.2 allows.
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
@@ -338,19 +418,21 @@ def _scalar(node: yaml.ScalarNode) -> Any:
 
 
 def _tag_name(tag: str) -> str:
-    return "!!" + tag.removeprefix("tag:yaml.org,2002:") if tag.startswith("tag:yaml.org,2002:") else tag
+    name = "!!" + tag.removeprefix("tag:yaml.org,2002:") if tag.startswith("tag:yaml.org,2002:") else tag
+    return name if len(name) <= 60 else f"{name[:57]}..."
 
 
 def _syntax(error: yaml.YAMLError, text: str) -> tuple[str, int]:
-    """What a YAML error says, on one line, and its line."""
+    """What is wrong with YAML, on one line, and its line in `text`."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         said = [part for part in (error.problem, error.context) if part]
-        return " ".join(" ".join(said).split()), mark.line + 1 if mark else 0
+        kind = "too much for a recipe" if isinstance(error, _TooMuch) else "not valid YAML"
+        return f"{kind}: {' '.join(' '.join(said).split())}", mark.line + 1 if mark else 0
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, int(error.position)) + 1
-        return f"the character {chr(int(error.character))!a} is not allowed", line
-    return " ".join(str(error).split()), 0
+        return f"not valid YAML: the character {chr(int(error.character))!a} is not allowed", line
+    return f"not valid YAML: {' '.join(str(error).split())}", 0
 
 
 # Words --------------------------------------------------------------------------------------------------------------

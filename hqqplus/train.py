@@ -1,9 +1,10 @@
 """Quantize, recover, measure, ship: the whole run, from one recipe.
 
     accelerate launch -m hqqplus.train recipes/llama3_8b_1bit.yaml [key=value ...]
-    python -m hqqplus.train recipes/embedded_2bit.yaml
+    python -m hqqplus.train recipes/embedded_2bit.yaml [--allow-mismatch]
 
-The same command again continues from the last complete checkpoint.
+The same command again continues from the last complete checkpoint, or says that the run is finished. SIGTERM, SIGINT
+and SIGUSR1 stop it at the next optimizer step with a checkpoint; it then exits with 128 + the signal's number.
 """
 
 from __future__ import annotations
@@ -21,54 +22,85 @@ from hqqplus.recipe import Recipe, load_recipe, recipe_digest, to_dict
 if TYPE_CHECKING:
     from hqqplus.evaluation.report import Report
     from hqqplus.recovery.measure import Measurement
+    from hqqplus.recovery.stopping import Stopper
 
-ADAPTER_FOLDER = "adapter"
+ALLOW_MISMATCH = "--allow-mismatch"
 
 
-def run(recipe: Recipe) -> Report:
+def run(recipe: Recipe, allow_mismatch: bool = False) -> Report:
     """Run `recipe` from start to end, or from where it was left, and return its report.
 
     Writes to `recipe.output_dir`: `adapter/` (weights in bf16, tokenizer, model card, `hqqplus.json`),
     `backbone/` (the packed model that the adapter belongs to, where its scales were trained), `report.json`,
     `report.md`, `report.png`, and the checkpoints of the training.
 
+    Args:
+        allow_mismatch: go on where parent, tokenizer, data or packed model are not those of the checkpoint, or of the
+            folder that is used again; what differs is said.
+
     Raises:
         UserError: for everything that is the user's to mend.
+        Interrupted: if a signal stopped it; the same call continues.
     """
+    from hqqplus.recovery import processes
+    from hqqplus.recovery.stopping import Stopper
+
+    state = processes.start(recipe)
+    with Stopper(state.num_processes).listening() as stopper:
+        return _run(recipe, state, stopper, allow_mismatch)
+
+
+def _run(recipe: Recipe, state: Any, stopper: Stopper, allow_mismatch: bool) -> Report:
+    from dataclasses import replace
+
     import torch
-    from accelerate import PartialState
     from transformers import set_seed
 
     from hqqplus import models
     from hqqplus.adapters import adapter_size, apply_residual_start, round_adapter, ship_adapter
     from hqqplus.adapters.bake import bake_backbone
     from hqqplus.adapters.card import model_card
+    from hqqplus.adapters.fingerprint import DATA
     from hqqplus.adapters.scales import bake_scales
+    from hqqplus.digests import text_digest
     from hqqplus.evaluation.perplexity import make_windows, perplexity, recovery
     from hqqplus.evaluation.report import Report, environment, print_report, write_report
+    from hqqplus.integrations.fsdp import streamed
+    from hqqplus.integrations.peft import without_adapters
     from hqqplus.integrations.trl import RecoveryTrainer, sft_config
     from hqqplus.modules import bits_per_weight, model_bytes
-    from hqqplus.recovery import setup, summary, teaching, trainables
+    from hqqplus.recovery import checkpoints, processes, setup, summary, teaching, trainables
+    from hqqplus.recovery.agreement import from_main
     from hqqplus.recovery.backbone import base_folder, load_backbone, load_options, parent_of
     from hqqplus.recovery.calibrated import Text, calibration_folder
-    from hqqplus.recovery.checkpoints import checkpoint_folder, discard_incomplete, last_complete, write_manifest
     from hqqplus.recovery.measure import Meter, Notebook
+    from hqqplus.recovery.run_identity import changed_versions, check_identity, run_identity
+    from hqqplus.recovery.stopping import Interrupted, how_to_go_on
+    from hqqplus.recovery.summary import ADAPTER_FOLDER
+    from hqqplus.recovery.tracking import Tracking
 
-    # 1. Where: the processes and the device, the settings of the trainer, a checkpoint to continue from.
-    state = PartialState(cpu=bool(recipe.training.get("use_cpu", False)))
+    # 1. Where: the settings of the trainer, a checkpoint to continue from.
     output_dir = Path(recipe.output_dir)
 
     def say(text: str) -> None:
         if state.is_main_process:
             print(f"hqqplus: {text}", flush=True)
 
-    resume = last_complete(output_dir, recipe)
-    setup.set_up_tracking(recipe)
+    finished = from_main(state, lambda: summary.finished(output_dir, recipe))
+    if finished is not None:
+        say(f"already finished: adapter in {output_dir / ADAPTER_FOLDER}, report in {output_dir / 'report.md'}")
+        return finished
+    found = from_main(state, lambda: checkpoints.find_checkpoint(output_dir, recipe))
+    resume = found.manifest
+    tracking = Tracking(recipe, found.folder, say, state.is_main_process)
     settings = setup.trainer_settings(recipe, state.device, say)
+    processes.check_processes(settings, state, found.folder)
+    sharded = processes.is_sharded(settings, state)
     sft_config(settings, "recipe")
+    for broken, reason in found.skipped.items():
+        say(f"{broken} is skipped: {reason}; it is kept as {checkpoints.damaged_name(broken)}")
     if state.is_main_process:
-        for broken in discard_incomplete(output_dir):
-            say(f"{broken} is incomplete (the run was stopped while it was written): removed")
+        checkpoints.put_aside(output_dir, list(found.skipped))
     state.wait_for_everyone()
 
     # 2. Data: rows to train on, and windows to measure every model on.
@@ -76,6 +108,25 @@ def run(recipe: Recipe) -> Report:
     tokenizer = models.load_tokenizer(
         section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
+    versions = environment()
+
+    def identify(*known: Any) -> dict[str, str]:
+        """What the run depends on, as far as it is known; refused where the checkpoint says otherwise."""
+
+        def checked() -> tuple[dict[str, str], list[str]]:
+            here = run_identity(recipe, tokenizer, *known)
+            return here, check_identity(resume.identity, here, str(found.folder), allow_mismatch) if resume else []
+
+        here, allowed = from_main(state, checked)
+        if known:  # all of it, so that nothing is said twice
+            for sentence in allowed:
+                say(sentence)
+        return here
+
+    known = identify()
+    if resume:
+        for sentence in changed_versions(resume.versions, versions, str(found.folder)):
+            say(sentence)
     data = setup.load_data(recipe, tokenizer, say)
     rows = setup.TrainingRows(data.train, tokenizer, settings, recipe.data.packing, say)
     windows = {
@@ -90,7 +141,9 @@ def run(recipe: Recipe) -> Report:
     notes = Notebook(output_dir, writes=state.is_main_process)
     described = to_dict(recipe)
     depends = {key: described[key] for key in ("model", "data", "evaluation", "seed")} | {
-        "device": str(state.device.type)
+        "device": str(state.device.type),
+        "identity": known,
+        "texts": text_digest(data.texts),
     }
 
     # 3. The parent, in full precision: what the rest is measured against, and who teaches.
@@ -115,20 +168,29 @@ def run(recipe: Recipe) -> Report:
         _free(torch)
 
     # 4. The backbone: calibrated where the recipe says so, quantized, then frozen.
-    versions = environment()
     text = Text(data.documents, tokenizer)
-    backbone = load_backbone(recipe, state.device, versions, text, resume is None, say)
+    backbone = load_backbone(recipe, state.device, versions, text, resume is None, say, allow_mismatch)
     model = backbone.model.requires_grad_(False)
     bpw, backbone_bytes = bits_per_weight(model), model_bytes(model)
-    quantized = notes.recall(
-        "quantized",
-        [depends, described["quantization"], described["calibration"], backbone.fingerprint.packed_sha256],
-        lambda: meter.measure(model, backbone_bytes),
-    )
-    say(f"quantized to {bpw:.2f} bits per weight: perplexity {quantized.perplexities[setup.EVALUATION_SET]:.2f}")
+    quantization = [depends, described["quantization"], described["calibration"], backbone.fingerprint.packed_sha256]
+    quantized = from_main(state, lambda: notes.noted("quantized", quantization))
+
+    def measure_quantized() -> None:
+        # With FSDP once the model is sharded, and has its adapter: before that it is whole nowhere.
+        nonlocal quantized
+        if quantized is None:
+            with without_adapters(model):
+                quantized = notes.note("quantized", quantization, meter.measure(model, backbone_bytes))
+        perplexity_of = quantized.perplexities[setup.EVALUATION_SET]
+        say(f"quantized to {bpw:.2f} bits per weight: perplexity {perplexity_of:.2f}")
+
+    if not sharded:
+        measure_quantized()
 
     # 5. The adapter: LoRA on the packed projections, from PEFT's start or from what quantization lost.
-    rows.of(model)
+    with streamed(model, state.device):
+        rows.of(model)
+    identity = identify(rows.rows, backbone.fingerprint)
     set_seed(recipe.seed)
     model = trainables.add_adapter(model, recipe)
     if backbone.factors is not None:
@@ -142,10 +204,13 @@ def run(recipe: Recipe) -> Report:
     distillation = None
     if teacher is not None and named is not None:
         distillation = teaching.distillation(recipe, teacher, named, rows, state.device)
-    seconds, tokens = (resume[1].train_seconds, resume[1].tokens) if resume else (0.0, 0)
+    seconds = resume.train_seconds if resume else 0.0
 
-    def on_checkpoint(step: int, spent: float, seen: int) -> None:
-        write_manifest(checkpoint_folder(output_dir, step), recipe, step, seconds + spent, tokens + seen)
+    def on_checkpoint(written: Path, step: int, spent: float, tokens: int) -> None:
+        tracking.save(written)
+        checkpoints.write_manifest(written, recipe, step, seconds + spent, tokens, identity, versions)
+        checkpoints.publish(written, checkpoints.checkpoint_folder(output_dir, step))
+        checkpoints.rotate(output_dir, arguments.save_total_limit, trainer.state.best_model_checkpoint)
 
     def evaluate(model: Any, index: int, count: int, reduce: Any) -> Any:
         return perplexity(model, windows[setup.EVALUATION_SET], recipe.evaluation.batch_size, index, count, reduce)
@@ -158,15 +223,23 @@ def run(recipe: Recipe) -> Report:
         processing_class=tokenizer,
         evaluator=evaluate,
         on_checkpoint=on_checkpoint,
+        aside=checkpoints.ASIDE,
+        stop_requested=lambda: stopper.requested,
+        resumed_from=found.folder,
         prepared=True,
         distillation=distillation,
         param_groups=lambda model: trainables.param_groups(recipe, model),
         extras=extras,
+        callbacks=tracking.callbacks,
+        on_sharded=measure_quantized,
     )
     if resume:
-        say(f"continuing from {resume[0]}")
-    trainer.train(resume_from_checkpoint=str(resume[0]) if resume else None)
-    seconds, tokens = seconds + trainer.seconds, tokens + trainer.tokens
+        say(f"continuing from {found.folder}")
+    with stopper.at_whole_steps(), tracking:
+        trainer.train(resume_from_checkpoint=str(found.folder) if resume else None)
+    if number := trainer.stopped or stopper.requested:
+        raise Interrupted(number, how_to_go_on(number, trainer.last_checkpoint))
+    seconds, tokens = seconds + trainer.seconds, trainer.tokens
 
     # 7. After: the adapter as it will be shipped, measured like the two before it.
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -205,23 +278,27 @@ def run(recipe: Recipe) -> Report:
         versions=versions,
     )
 
-    # 8. Ship: the base, if its scales were trained; adapter, card, fingerprint and report.
-    if state.is_main_process:
-        fingerprint, base = backbone.fingerprint, base_folder(recipe) or recipe.model.name_or_path
-        if recipe.recovery.scales == "bake":
-            base = str(output_dir / models.PACKED_FOLDERS[0])
-            fingerprint = bake_backbone(model, base, tokenizer, fingerprint)
-        card = model_card(
-            title=f"{output_dir.name} adapter",
-            recipe=described,
-            report=report,
-            base=fingerprint.base,
-            packed=bool(fingerprint.unrepeatable),
-        )
-        ship_adapter(model, tokenizer, output_dir / ADAPTER_FOLDER, fingerprint, card)
-        write_report(report, output_dir, summary.how_to_load(base, output_dir / ADAPTER_FOLDER))
+    # 8. Ship: the base, if its scales were trained; adapter, card, fingerprint and report. The main process writes;
+    # all of them gather a sharded model.
+    writes = state.is_main_process
+    fingerprint, base = backbone.fingerprint, base_folder(recipe) or recipe.model.name_or_path
+    if recipe.recovery.scales == "bake":
+        base = str(output_dir / models.PACKED_FOLDERS[0])
+        fingerprint = bake_backbone(model, base, tokenizer, fingerprint, writes=writes)
+    card = model_card(
+        title=f"{output_dir.name} adapter",
+        recipe=described,
+        report=report,
+        base=fingerprint.base,
+        packed=bool(fingerprint.unrepeatable),
+    )
+    fingerprint = replace(fingerprint, data=identity[DATA])
+    ship_adapter(model, tokenizer, output_dir / ADAPTER_FOLDER, fingerprint, card, writes=writes)
+    if writes:
+        # Where there is a report nothing is left to do.
         if (saved := base_folder(recipe)) is not None:
             shutil.rmtree(calibration_folder(saved), ignore_errors=True)
+        write_report(report, output_dir, summary.how_to_load(base, output_dir / ADAPTER_FOLDER))
         print_report(report)
         say(f"adapter in {output_dir / ADAPTER_FOLDER}, report in {output_dir / 'report.md'}")
     state.wait_for_everyone()
@@ -235,16 +312,21 @@ def _free(torch: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m hqqplus.train RECIPE [key=value ...]`; returns the exit code (2 for a user's mistake)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """`python -m hqqplus.train RECIPE [key=value ...] [--allow-mismatch]`; returns the exit code (2 for a user's
+    mistake)."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [argument for argument in given if argument != ALLOW_MISMATCH]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     try:
-        run(load_recipe(arguments[0], arguments[1:]))
+        run(load_recipe(arguments[0], arguments[1:]), allow_mismatch=ALLOW_MISMATCH in given)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(f"hqqplus: {error or 'stopped'}", file=sys.stderr)
+        return getattr(error, "exit_code", 130)
     return 0
 
 

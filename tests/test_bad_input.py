@@ -296,7 +296,8 @@ def test_save_to_that_holds_something_else(
     copy(made.packed4, work / "base")
     (line,) = refused("-m", recipe(**changes))
     assert line.startswith(f"quantization.save_to: {work / 'base'} holds 4-bit g32 of {made.parent} (sha256 ")
-    assert line.endswith("name another folder")
+    assert "quantization.nbits: 4 (hqqplus.json), 2 (here)" in line
+    assert ": name another folder, or say --allow-mismatch" in line
 
     shutil.rmtree(work / "base")
     copy(made.packed2, work / "base")

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -432,6 +432,37 @@ def test_the_revision_goes_to_the_model_and_its_tokenizer_only(
     assert asked == [model, own, model, ("tokenizer", str(made.adapter), None), model, own]
 
 
+def test_what_does_not_belong_is_refused_or_allowed(made: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copytree(made.adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
+    other = tmp_path / "other"
+    run("quantize", made.parent, "--out", other, "--nbits", 4, *GROUPS, "--quiet")
+    verbs = {"evaluate": (made.texts, "--max-length", 12), "generate": ("once", "--max-new-tokens", 2), "export": ()}
+    for verb, arguments in verbs.items():
+        for base, adapter, said in (
+            (made.packed, tmp_path / "adapter", r"chat template: none \(hqqplus\.json\), [0-9a-f]{12} \(here\)"),
+            (other, made.adapter, r"quantization\.nbits: 2 \(adapter\), 4 \(here\)"),
+        ):
+            output = [tmp_path / f"plain_{base.name}"] if verb == "export" else []
+            line = [str(part) for part in (verb, base, *output, *arguments, "--adapter", adapter)]
+            with pytest.raises(UserError, match=said):
+                CliRunner().invoke(cli.app, line, catch_exceptions=False)
+            assert not any(path.exists() for path in output)
+            run(*line, "--allow-mismatch")
+            assert all(path.is_dir() for path in output)
+
+
+def test_the_distance_to_another_parent_is_refused_or_allowed(made: SimpleNamespace, tmp_path: Path) -> None:
+    parent = Path(shutil.copytree(made.parent, tmp_path / "parent"))
+    tensors = load_file(parent / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, parent / "model.safetensors", metadata={"format": "pt"})
+    line = ["evaluate", str(made.packed), str(made.texts), "--max-length", "12", "--against", str(parent)]
+    with pytest.raises(UserError, match=rf"^{made.packed}: {parent} is not its parent: parent: {made.parent} with "):
+        CliRunner().invoke(cli.app, line, catch_exceptions=False)
+    assert "KL to the parent" in run(*line, "--allow-mismatch")
+
+
 # export --------------------------------------------------------------------------------------------------------------
 
 
@@ -512,6 +543,10 @@ def test_train_runs_the_recipe_with_its_overrides(tmp_path: Path, monkeypatch: p
     import hqqplus.train
 
     ran: list[Any] = []
-    monkeypatch.setattr(hqqplus.train, "run", ran.append)
+    monkeypatch.setattr(hqqplus.train, "run", lambda *arguments: ran.append(arguments))
     run("train", recipe(tmp_path), "adapter.r=3", "seed=7")
-    assert [(one.adapter.r, one.seed, one.model.name_or_path) for one in ran] == [(3, 7, "a/b")]
+    run("train", recipe(tmp_path), "--allow-mismatch", "seed=8")
+    assert [(one.adapter.r, one.seed, one.model.name_or_path, allowed) for one, allowed in ran] == [
+        (3, 7, "a/b", False),
+        (16, 8, "a/b", True),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -410,3 +411,22 @@ def test_real_rows(shared: Path) -> None:
     assert prepared.column_names == ["prompt", "completion"]
     assert all(row["completion"].endswith("</s>") for row in prepared)
     assert len(load_rows(str(shared / "data" / "wikitext-2" / "validation.txt"))) == 1
+
+
+def test_half_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    path = write(tmp_path / "a.jsonl", lines({"text": "a"}))
+    rows = load_rows(path)
+    copies = list(cache.rglob("*.arrow"))
+    content = copies[0].read_bytes()
+    for damage in (copies[0].unlink, lambda: copies[0].write_bytes(content[:100])):
+        damage()
+        # What is read already stays: the file is mapped.
+        assert rows[0] == {"text": "a"}
+        with pytest.raises(
+            UserError, match=r"the copy of '.*a.jsonl' in the cache of datasets is damaged, .*/cache too"
+        ):
+            load_rows(path)
+    shutil.rmtree(cache)
+    assert load_rows(path).to_list() == rows.to_list()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ from hqqplus.files import (
     move_folder,
     replacing,
     replacing_folder,
+    sha256_of_file,
+    sync,
     write_json,
     write_text,
 )
@@ -197,6 +200,10 @@ def test_a_disk_without_room_is_refused_early(tmp_path: Path, monkeypatch: pytes
         (OSError(errno.EDQUOT, "x"), "the disk quota is used up"),
         (OSError(errno.EFBIG, "x"), "a file is too large for it"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"),
+            "a file could not be written whole",
+        ),
     ],
 )
 def test_a_full_disk_is_one_sentence(tmp_path: Path, error: Exception, text: str) -> None:
@@ -238,3 +245,33 @@ def test_a_folder_has_one_holder(tmp_path: Path, run_python: Callable[..., Any])
         assert "another process is at work there" in run_python("-c", take, check=False).stderr
     assert run_python("-c", take).stdout == "held\n"
     assert tree(tmp_path) == {}
+
+
+def test_a_folder_is_synced_with_all_that_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(b"x")
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    sync(tmp_path / "a")
+    assert synced == [str(tmp_path / "a" / "b"), str(tmp_path / "a" / "b" / "file"), str(tmp_path / "a")]
+    synced.clear()
+    sync(tmp_path / "a", recursive=False)
+    assert synced == [str(tmp_path / "a")]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_only_a_disk_that_failed_fails_a_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(number, "x")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="x"):
+            sync(tmp_path)
+    else:
+        sync(tmp_path)
+
+
+def test_the_hash_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()

@@ -203,6 +203,176 @@ def test_a_tokenizer_without_padding_pads_with_eos(made: SimpleNamespace, tmp_pa
         models.load_tokenizer(str(tmp_path / "none"))
 
 
+# What does not belong together ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parent(made: SimpleNamespace, tmp_path: Path) -> Path:
+    """A copy of the parent, to be changed."""
+    return Path(shutil.copytree(made.parent, tmp_path / "parent"))
+
+
+def edit_weight(folder: Path, key: str = "model.norm.weight") -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[key].view(-1)[0] += 0.5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_fingerprint(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "hqqplus.json").read_text())
+    (folder / "hqqplus.json").write_text(json.dumps({**values, **changes}))
+
+
+def edit_tokenizer(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+def test_contents_are_known_of_what_is_on_this_machine(
+    made: SimpleNamespace, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = models.content_digest(str(made.parent))
+    assert known == models.content_digest(str(parent)) is not None
+    for name in ("some/model", str(tmp_path / "gone"), "no//name", "embedded:none"):
+        assert models.content_digest(name) is None
+    assert models.content_digest("embedded:pydoc") is not None
+    # As the hub's cache has it: one file is enough to find the others.
+    cached = tmp_path / "hub" / "models--some--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(parent, cached / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert models.content_digest("some/model") == models.content_digest("some/model", "0" * 40) == known
+    assert models.content_digest("some/model", "1" * 40) is None
+    (cached / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
+    assert models.content_digest("some/model") is None
+    (parent / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match=rf"^the parent: {parent}: a weight file is truncated or damaged"):
+        models.content_digest(str(parent))
+
+
+def test_another_parent_is_refused_before_it_is_quantized(
+    made: SimpleNamespace, parent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert torch.equal(hqqplus.load(parent, made.adapter)(IDS).logits, made.logits), "a copy is the same parent"
+    edit_weight(parent)  # no packed tensor depends on it
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load_causal_lm", None)
+        with pytest.raises(UserError) as caught:
+            hqqplus.load(parent, made.adapter)
+    digests = made.fingerprint.parent_digest[:12], str(models.content_digest(str(parent)))[:12]
+    assert str(caught.value).startswith(
+        f"adapter: {made.adapter}: what it was trained on cannot be quantized from {parent} here: "
+        f"parent: {made.parent} with contents {digests[0]} (adapter), "
+        f"{parent} with contents {digests[1]} (here): name the packed folder"
+    )
+    caplog.clear()
+    model = hqqplus.load(parent, made.adapter, allow_mismatch=True)
+    assert not torch.equal(model(IDS).logits, made.logits)
+    (record,) = caplog.records
+    assert record.getMessage().endswith(" (allowed)")
+
+
+def test_another_solver_is_refused_where_it_would_have_to_work(made: SimpleNamespace, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(made.adapter, tmp_path / "adapter"))
+    edit_fingerprint(adapter, solver=0)
+    with pytest.raises(
+        UserError, match=r"cannot be quantized from .* here: solver version: 0 \(adapter\), 1 \(here\)"
+    ):
+        hqqplus.load(made.parent, adapter)
+    for base, allow in ((made.parent, True), (made.packed, False)):
+        assert torch.equal(hqqplus.load(base, adapter, allow_mismatch=allow)(IDS).logits, made.logits)
+
+
+def test_an_adapter_on_another_base_if_one_insists(
+    made: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hqqplus.quantize_folder(str(made.parent), tmp_path / "other", HqqPlusConfig(nbits=4, group_size=32))
+    caplog.clear()
+    with pytest.raises(UserError, match=r"quantization\.nbits: 2 \(adapter\), 4 \(here\)"):
+        hqqplus.load(tmp_path / "other", made.adapter)
+    with pytest.raises(UserError, match=r"quantization\.nbits: 2 \(adapter\), 4 \(here\)"):
+        models.export(str(tmp_path / "other"), made.adapter, tmp_path / "plain")
+    assert not caplog.records
+    assert isinstance(hqqplus.load(tmp_path / "other", made.adapter, allow_mismatch=True), PeftModel)
+    models.export(str(tmp_path / "other"), made.adapter, tmp_path / "plain", allow_mismatch=True)
+    assert (tmp_path / "plain" / "config.json").is_file()
+    assert ["quantization.nbits: 2 (adapter), 4 (here)" in record.getMessage() for record in caplog.records] == [
+        True
+    ] * 2
+
+
+def test_trained_scales_that_are_gone_if_one_insists(made: SimpleNamespace, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(made.adapter, tmp_path / "adapter"))
+    edit_fingerprint(adapter, baked=True, packed_sha256="ff" * 32)
+    with pytest.raises(UserError, match=r"no quantizing of .* brings back"):
+        hqqplus.load(made.parent, adapter)
+    assert isinstance(hqqplus.load(made.parent, adapter, allow_mismatch=True), PeftModel)
+
+
+@pytest.mark.parametrize("arguments", [("packed", None), ("packed", "adapter"), ("adapter", None)], ids=str)
+def test_an_edited_tokenizer_is_refused(
+    made: SimpleNamespace, tmp_path: Path, arguments: tuple[str, str | None], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(made.packed, tmp_path / "packed")
+    shutil.copytree(made.adapter, tmp_path / "adapter")
+    edit_fingerprint(tmp_path / "adapter", base=str(tmp_path / "packed"))
+    name, adapter = (None if one is None else tmp_path / one for one in arguments)
+    assert name is not None
+    _, tokenizer = models.load_with_tokenizer(name, adapter)
+    folder = adapter or name
+    edit_tokenizer(folder)
+    said = rf"^{folder}: this tokenizer is not the one that it was made with: tokenizer: \w+ \(hqqplus\.json\), \w+ \("
+    with pytest.raises(UserError, match=said):
+        models.load_with_tokenizer(name, adapter)
+    with pytest.raises(UserError, match=said):
+        models.export(str(name), adapter, tmp_path / "plain")
+    caplog.clear()
+    _, edited = models.load_with_tokenizer(name, adapter, allow_mismatch=True)
+    assert edited("a")["input_ids"] == tokenizer("b")["input_ids"]
+    assert [record.getMessage().endswith(" (allowed)") for record in caplog.records] == [True]
+
+
+def test_the_tokenizer_of_the_base_has_to_be_that_of_an_adapter_without_one(
+    made: SimpleNamespace, tmp_path: Path
+) -> None:
+    shutil.copytree(made.packed, tmp_path / "packed")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(made.adapter, adapter, ignore=shutil.ignore_patterns("tokenizer*"))
+    models.load_with_tokenizer(tmp_path / "packed", adapter)
+    edit_tokenizer(tmp_path / "packed")
+    with pytest.raises(UserError, match=rf"^{adapter}: this tokenizer is not the one"):
+        models.load_with_tokenizer(tmp_path / "packed", adapter)
+
+
+def test_a_packed_folder_with_other_tensors_is_refused(made: SimpleNamespace, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made.packed, tmp_path / "packed"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.W_q"].view(-1)[0] ^= 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=rf"^{folder}: this packed model is not the one that it was written as: packed w"
+    ):
+        models.load_with_tokenizer(folder)
+    assert packed_modules(models.load_with_tokenizer(folder, allow_mismatch=True)[0])
+
+
+def test_the_parent_to_compare_with(made: SimpleNamespace, parent: Path, tmp_path: Path) -> None:
+    for name, adapter in ((made.packed, None), (made.packed, made.adapter), (made.adapter, None), (made.parent, None)):
+        for right in (str(made.parent), str(parent), str(made.packed), "some/model"):
+            models.check_parent(name, adapter, right)
+    edit_weight(parent, "lm_head.weight")
+    models.check_parent(made.parent, None, str(parent))  # nothing says what it was made from
+    for name, adapter in ((made.packed, None), (made.packed, made.adapter), (made.adapter, None)):
+        with pytest.raises(
+            UserError, match=rf"{parent} is not its parent: parent: {made.parent} with contents \w+ \("
+        ):
+            models.check_parent(name, adapter, str(parent))
+        models.check_parent(name, adapter, str(parent), allow_mismatch=True)
+
+
 # What is damaged -----------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from hqqplus.errors import UserError
 from hqqplus.recipe import (
     TRACKERS,
     Data,
@@ -89,6 +90,9 @@ def test_defaults(tmp_path: Path) -> None:
             "max_length": 1024,
             "packing": "auto",
             "eos": True,
+            "streaming": False,
+            "shuffle_buffer": 1000,
+            "masked_rows": "refuse",
         },
         "recovery": {
             "loss": "ce",
@@ -439,6 +443,36 @@ def test_form_conflicts_are_reported_with_other_errors(tmp_path: Path) -> None:
 def test_levers_that_exclude_each_other(tmp_path: Path, sections: str, line: str) -> None:
     (found,) = refused(tmp_path, f"{SMALLEST}{sections}\n")
     assert found.split(": ", 1)[1] == line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([], "data.streaming: a stream has no length to count epochs by: give training.max_steps"),
+        (["training={max_steps: -1}"], "data.streaming: a stream has no length to count epochs by: give training.max_steps"),
+        (["training={max_steps: 9, save_strategy: epoch}"], "training.save_strategy: a stream (data.streaming) has no epochs: use steps"),
+        (["training={max_steps: 9}", "recovery={loss: kd, teacher: cache, hidden_weight: 0}"], "recovery.teacher: a cache keeps the targets of every row, and a stream (data.streaming) has no set of rows: use online or 8bit"),
+    ],
+)  # fmt: skip
+def test_what_a_stream_cannot(tmp_path: Path, overrides: list[str], line: str) -> None:
+    path = write(tmp_path, SMALLEST)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, ["data.streaming=true", *overrides])
+    assert str(caught.value).split(": ", 1)[1] == line
+    assert load_recipe(path, ["data.streaming=true", "training={max_steps: 9}"]).data.streaming
+
+
+def test_only_a_stream_depends_on_its_buffer_and_its_workers(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALLEST)
+
+    def digest(*overrides: str) -> str:
+        return recipe_digest(load_recipe(path, ["training={max_steps: 9}", *overrides]))
+
+    workers, buffer = "training.dataloader_num_workers=2", "data.shuffle_buffer=5"
+    streaming = "data.streaming=true"
+    assert digest() == digest(workers) == digest(buffer) == digest("data.masked_rows=drop")
+    assert len({digest(), digest(streaming), digest(streaming, buffer), digest(streaming, workers)}) == 4
+    assert digest(streaming) == digest(streaming, "data.masked_rows=drop")
 
 
 def test_alpha_is_twice_the_rank(tmp_path: Path) -> None:

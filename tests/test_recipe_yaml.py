@@ -115,7 +115,10 @@ def test_folder(tmp_path: Path) -> None:
         (b"model:\n\ta: 1\n", "recipe.yaml:2: not valid YAML: found character '\\t' that cannot start any token while scanning for the next token"),
         (b"a: 1\n---\nb: 2\n", "recipe.yaml:2: not valid YAML: but found another document expected a single document in the stream"),
         (b"a: *b\n", "recipe.yaml:1: not valid YAML: found undefined alias 'b'"),
-        (b"[" * 5000, "recipe.yaml: not a recipe: it is nested too deeply"),
+        (b"[" * 5000, "recipe.yaml:1: too much for a recipe: it is nested deeper than 32 levels"),
+        (b"a: 1\nb: " + b"[[" * 16 + b"]]" * 16, "recipe.yaml:2: too much for a recipe: it is nested deeper than 32 levels"),
+        (b"a:\n" + b"- 1\n" * 50_000, "recipe.yaml:49999: too much for a recipe: it has more than 50,000 values"),
+        (b"#" * (2**20 + 1), "recipe.yaml: not a recipe: it is larger than 1 MiB"),
     ],
 )  # fmt: skip
 def test_not_a_recipe(tmp_path: Path, content: bytes, line: str) -> None:

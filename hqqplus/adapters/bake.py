@@ -21,10 +21,17 @@ from hqqplus.adapters.fingerprint import Fingerprint, packed_sha256
 from hqqplus.adapters.scales import EXTRA_PARTS, plain_name
 from hqqplus.files import full_disk, replacing_folder
 from hqqplus.modules import PackedLinear
+from hqqplus.modules.sharding import gathered, is_sharded
+from hqqplus.modules.trainable import is_trained
 
 
 def bake_backbone(
-    model: Any, folder: str | Path, tokenizer: Any, fingerprint: Fingerprint, max_shard_size: int | str = "5GB"
+    model: Any,
+    folder: str | Path,
+    tokenizer: Any,
+    fingerprint: Fingerprint,
+    max_shard_size: int | str = "5GB",
+    writes: bool = True,
 ) -> Fingerprint:
     """Write the packed backbone under `model` with its scales as they are now to `folder`, all of it or nothing.
 
@@ -34,17 +41,23 @@ def bake_backbone(
     Args:
         fingerprint: of the backbone before training.
         max_shard_size: of a file, as in `save_pretrained`.
+        writes: whether this process does; every process has to call, since a sharded model is gathered by all.
 
     Returns:
-        The fingerprint of the new backbone, for the adapter that goes with it.
+        The fingerprint of the new backbone, for the adapter that goes with it; `fingerprint` itself in a process that
+        does not write.
 
     Raises:
         UserError: if the disk is full.
     """
     from hqqplus import models
 
-    clean = _without_adapter(model)
+    state = baked_state(model, keep=writes)
+    if not writes:
+        return fingerprint
+    clean = _without_adapter(model, state)
     fingerprint = dataclasses.replace(fingerprint, packed_sha256=packed_sha256(clean), baked=True)
+    fingerprint = fingerprint.with_tokenizer(tokenizer)
     with full_disk(folder, "the baked backbone"), replacing_folder(folder) as temporary:
         clean.save_pretrained(temporary, max_shard_size=max_shard_size)
         models.write_companions(temporary, tokenizer, fingerprint)
@@ -52,16 +65,24 @@ def bake_backbone(
 
 
 @torch.no_grad()
-def baked_state(model: Any) -> dict[str, Tensor]:
+def baked_state(model: Any, keep: bool = True) -> dict[str, Tensor]:
     """The state of the packed model under `model` by its names without PEFT, trained metadata as they will be stored.
 
-    Shares all tensors with `model` but those metadata.
+    Shares all tensors with `model` but those metadata. A sharded model is gathered on the CPU, by all processes
+    together; those that do not `keep` it get nothing.
     """
-    state = {plain_name(name): tensor for name, tensor in model.state_dict().items() if not _is_extra(name)}
-    for name, layer in model.named_modules():
-        if isinstance(layer, PackedLinear):
-            state.update({f"{plain_name(name)}.{key}": t for key, t in layer.packed().state().items()})
-    return state
+    held = model.state_dict(keep_vars=True)  # tied ones are one object only there
+    state = {plain_name(name): tensor for name, tensor in held.items() if not _is_extra(name)}
+    trained = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear) and is_trained(m)}
+    # What is trained is encoded below.
+    replaced = {f"{plain_name(name)}.{key}" for name, layer in trained.items() for key in layer.packed_parameters()}
+    sharded = any(is_sharded(tensor) for tensor in state.values())
+    found = gathered({name: tensor for name, tensor in state.items() if name not in replaced}, keep)
+    for name, layer in trained.items():
+        for key, tensor in layer.packed().state().items():
+            if keep:
+                found[f"{plain_name(name)}.{key}"] = tensor.cpu() if sharded else tensor
+    return found
 
 
 def _is_extra(name: str) -> bool:
@@ -69,12 +90,11 @@ def _is_extra(name: str) -> bool:
     return any(part.startswith("lora_") or part in EXTRA_PARTS for part in name.split("."))
 
 
-def _without_adapter(model: Any) -> Any:
-    """A packed model of its own with the state of the one under `model`, fit for `save_pretrained` and no more."""
+def _without_adapter(model: Any, state: dict[str, Tensor]) -> Any:
+    """A packed model of its own like the one under `model`, with `state`, fit for `save_pretrained` and no more."""
     from hqqplus.integrations.transformers import HqqPlusQuantizer
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    state = baked_state(model)
     dtype = _smallest_dtype(state)
     with torch.device("meta"):
         clean = type(base)(copy.deepcopy(base.config))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hqqplus.modules import PackedLinear
+from hqqplus.modules import PackedEmbedding, PackedLinear
 from hqqplus.quantization import PackedTensor
 
 Factors = tuple[Tensor, Tensor]  # A [r, in_features], B [out_features, r], float32
@@ -72,12 +72,14 @@ class ResidualCollector:
 def residuals_from_parent(model: nn.Module, parent_weight: Callable[[str], Tensor], rank: int) -> dict[str, Factors]:
     """The factors for a model that was packed earlier: name of each packed linear layer -> (A, B).
 
-    `parent_weight(name)` gives the full-precision weight of module `name`.
+    `parent_weight(name)` gives the full-precision weight of module `name`. A head on the tensors of an embedding has
+    none of its own, and gets no LoRA.
     """
+    tied = {id(module.W_q) for module in model.modules() if isinstance(module, PackedEmbedding)}
     return {
         name: residual_factors(parent_weight(name).to(module.W_q.device), module.packed(), rank)
         for name, module in model.named_modules()
-        if isinstance(module, PackedLinear)
+        if isinstance(module, PackedLinear) and id(module.W_q) not in tied
     }
 
 

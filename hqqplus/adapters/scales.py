@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hqqplus.errors import UserError
 from hqqplus.files import replacing
 from hqqplus.modules import PackedLinear
+from hqqplus.modules.sharding import assign, gathered, is_sharded
 from hqqplus.modules.trainable import DELTAS, bake, is_trained, train_scales
 
 EXTRAS = "hqqplus_extras.safetensors"
@@ -65,29 +66,40 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def bake_scales(model: nn.Module) -> int:
-    """Write all trained metadata into their layers and end their training; returns how many layers."""
-    trained = [layer for layer in _linears(model).values() if is_trained(layer)]
+    """Write all trained metadata into their layers and end their training; returns how many layers.
+
+    A sharded model goes on computing them from their deltas, which gives the same to the bit.
+    """
+    trained = [m for m in _linears(model).values() if is_trained(m) and not is_sharded(m.scale_delta)]
     for layer in trained:
         bake(layer)
     return len(trained)
 
 
-def extras_state(model: nn.Module) -> dict[str, Tensor]:
-    """Name, as it is without PEFT -> trained delta, float32 on the CPU."""
-    return {name: delta.detach().float().cpu().contiguous() for name, delta in _deltas(model).items()}
+def extras_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Name, as it is without PEFT -> trained delta, float32 on the CPU; nothing where it is not to `keep`."""
+    deltas: dict[str, Tensor] = {**_deltas(model)}
+    return {name: delta.detach().float().cpu().contiguous() for name, delta in gathered(deltas, keep).items()}
 
 
-def save_extras(model: nn.Module, folder: str | Path) -> None:
-    """Write the trained deltas of `model` into `folder`, whole or not at all."""
+def save_extras(model: nn.Module, folder: str | Path, writes: bool = True) -> None:
+    """Write the trained deltas of `model` into `folder`, whole or not at all.
+
+    Args:
+        writes: whether this process does; every process has to call, since a sharded model is gathered by all.
+    """
     from safetensors.torch import save_file
 
+    state = extras_state(model, keep=writes)
+    if not writes:
+        return
     with replacing(Path(folder) / EXTRAS) as temporary:
-        save_file(extras_state(model), temporary, metadata={"format": "pt"})
+        save_file(state, temporary, metadata={"format": "pt"})
 
 
 @torch.no_grad()
 def load_extras(model: nn.Module, folder: str | Path) -> None:
-    """Set the deltas of `model`, whose scales are trained, to those in `folder`.
+    """Set the deltas of `model`, whose scales are trained, to those in `folder`; every process reads them.
 
     Raises:
         UserError: if the file is missing or damaged, or holds other layers or shapes.
@@ -110,7 +122,9 @@ def load_extras(model: nn.Module, folder: str | Path) -> None:
             shapes = tuple(stored[name].shape), tuple(delta.shape)
             raise UserError(f"{path}: {name} has the shape {shapes[0]}, the layer needs {shapes[1]}")
     for name, delta in deltas.items():
-        delta.copy_(stored[name])
+        assign(delta, stored[name])
+    for layer in _linears(model).values():
+        layer.kept_metadata = None
 
 
 def plain_name(name: str) -> str:

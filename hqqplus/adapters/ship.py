@@ -9,6 +9,8 @@ import torch
 
 from hqqplus.adapters.fingerprint import Fingerprint
 from hqqplus.files import replacing_folder, write_text
+from hqqplus.modules.sharding import assign, gathered, whole
+from hqqplus.modules.trainable import DELTAS
 
 SHIPPED_DTYPE = torch.bfloat16
 
@@ -19,9 +21,10 @@ def round_adapter(model: Any) -> None:
 
     What is measured afterwards is then what a user who loads the shipped adapter gets, to the bit.
     """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.copy_(parameter.to(SHIPPED_DTYPE))
+    for name, parameter in model.named_parameters():
+        # Trained scales are shipped as bytes: a sharded model has their deltas to the end.
+        if parameter.requires_grad and name.rpartition(".")[2] not in DELTAS:
+            assign(parameter, whole(parameter).to(SHIPPED_DTYPE))
 
 
 def adapter_size(model: Any) -> tuple[int, int]:
@@ -30,20 +33,31 @@ def adapter_size(model: Any) -> tuple[int, int]:
     return count, count * SHIPPED_DTYPE.itemsize
 
 
-def ship_adapter(model: Any, tokenizer: Any, folder: str | Path, fingerprint: Fingerprint, card: str) -> None:
+def ship_adapter(
+    model: Any, tokenizer: Any, folder: str | Path, fingerprint: Fingerprint, card: str, writes: bool = True
+) -> None:
     """Write the adapter of PEFT model `model` to `folder`, all of it or nothing.
 
     `card` is the model card's Markdown. What stood at `folder` before is replaced.
+
+    Args:
+        writes: whether this process does; every process has to call, since a sharded model is gathered by all.
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = fingerprint.base, fingerprint.revision
-    state = {
-        name: tensor.to(SHIPPED_DTYPE) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
+    shipped = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
         if "lora_" in name or "modules_to_save" in name or (config.bias != "none" and name.endswith(".bias"))
     }
+    state = {
+        name: tensor.to(SHIPPED_DTYPE) if tensor.is_floating_point() else tensor
+        for name, tensor in gathered(shipped, writes).items()
+    }
+    if not writes:
+        return
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
         tokenizer.save_pretrained(temporary)
-        fingerprint.write(temporary)
+        fingerprint.with_tokenizer(tokenizer).write(temporary)
         write_text(temporary / "README.md", card)

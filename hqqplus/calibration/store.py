@@ -28,8 +28,11 @@ from hqqplus.errors import UserError
 from hqqplus.files import locked_folder, replacing, write_json
 from hqqplus.modules.replace import Solutions
 from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec
+from hqqplus.quantization.solver import SOLVER_VERSION
 from hqqplus.quantization.statistics import LayerStatistics
-from hqqplus.quantization.tensor import state_names
+from hqqplus.quantization.tensor import state_shapes
+from hqqplus.recipe_yaml import shown
+from hqqplus.untrusted import inside, read_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -78,7 +81,13 @@ class BlockReport:
             KeyError, TypeError: if something is missing or unknown.
         """
         layers = {name: LayerStatistics.from_dict(entry) for name, entry in values["layers"].items()}
-        return cls(**{**values, "curve": tuple(values["curve"]), "layers": layers})
+        report = cls(**{**values, "curve": tuple(values["curve"]), "layers": layers})
+        numbers = (*report.losses.values(), *report.curve, report.loss, report.seconds)
+        if not report.curve or not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError("losses must be numbers")
+        if not isinstance(report.name, str) or not isinstance(report.start, str):
+            raise TypeError("names must be strings")
+        return report
 
 
 @dataclass(frozen=True)
@@ -112,11 +121,16 @@ class _Entry:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> _Entry:
-        specs = {
-            name: (QuantSpec(**entry["spec"]), (entry["shape"][0], entry["shape"][1]))
-            for name, entry in values["specs"].items()
-        }
-        return cls(values["file"], values["sha256"], specs, BlockReport.from_json(values["report"]))
+        specs = {}
+        for name, entry in values["specs"].items():
+            out_features, in_features = entry["shape"]
+            if not all(isinstance(size, int) and size > 0 for size in (out_features, in_features)):
+                raise TypeError(f"the shape of {name} must be two integers above 0")
+            specs[name] = QuantSpec(**entry["spec"]), (out_features, in_features)
+        file, sha256 = values["file"], values["sha256"]
+        if not isinstance(file, str) or not isinstance(sha256, str):
+            raise TypeError("file and sha256 must be strings")
+        return cls(file, sha256, specs, BlockReport.from_json(values["report"]))
 
 
 class SolutionFolder:
@@ -186,15 +200,19 @@ class SolutionFolder:
             return None
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             return None
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
-        tensors = load(content)
         packed, factors = {}, {}
-        for name, (spec, shape) in entry.specs.items():
-            packed[name] = _packed(name, spec, shape, tensors)
-            if f"{name}.{_FACTOR_NAMES[0]}" in tensors:
-                a, b, singular = (tensors[f"{name}.{key}"] for key in _FACTOR_NAMES)
-                factors[name] = a, b, singular
+        try:
+            tensors = load(content)
+            for name, (spec, shape) in entry.specs.items():
+                packed[name] = _packed(name, spec, shape, tensors)
+                if f"{name}.{_FACTOR_NAMES[0]}" in tensors:
+                    a, b, singular = (tensors[f"{name}.{key}"] for key in _FACTOR_NAMES)
+                    factors[name] = a, b, singular
+        except (SafetensorError, ValueError, KeyError):
+            return None  # the manifest is not of this file
         return SolvedBlock(packed, factors, entry.report)
 
     def save(self) -> None:
@@ -264,10 +282,10 @@ class _Stored(Mapping[str, PackedTensor]):
         entry, (spec, shape) = self._places[name]
         try:
             with safe_open(self._path / entry.file, framework="pt") as file:
-                tensors = {f"{name}.{key}": file.get_tensor(f"{name}.{key}") for key in state_names(spec)}
-        except (OSError, SafetensorError) as error:
+                names = [f"{name}.{key}" for key in state_shapes(spec, *shape)]
+                return _packed(name, spec, shape, {key: file.get_tensor(key) for key in names})
+        except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"calibration: {self._path / entry.file}: {error}") from None
-        return _packed(name, spec, shape, tensors)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -301,30 +319,44 @@ def describe_settings(
             "sha256": hashlib.sha256(tokens.view(torch.uint8).numpy().data).hexdigest(),
         },
         "hqqplus": version,
+        "solver": SOLVER_VERSION,
     }
 
 
 def _packed(name: str, spec: QuantSpec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> PackedTensor:
-    return PackedTensor(**{key: tensors[f"{name}.{key}"] for key in state_names(spec)}, spec=spec, shape=shape)
+    """The packed tensor of layer `name`.
+
+    Raises:
+        ValueError: if `tensors` lacks a part of it, or has one of another form.
+    """
+    parts = {}
+    for key, form in state_shapes(spec, *shape).items():
+        tensor = tensors.get(f"{name}.{key}")
+        if tensor is None or (tuple(tensor.shape), tensor.dtype) != form:
+            raise ValueError(f"{name}.{key} is missing or has another form than {MANIFEST} says")
+        parts[key] = tensor
+    return PackedTensor(**parts, spec=spec, shape=shape)
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, _Entry], bool]:
     """Settings, blocks, and whether these are all."""
     try:
-        values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        values = read_json(path / MANIFEST)
         if values["format"] != _FORMAT:
-            raise UserError(
-                f"calibration: {path / MANIFEST}: it is of format {values['format']}, this version reads {_FORMAT}"
-            )
+            raise UserError(f"{MANIFEST} is of format {shown(values['format'])}, this version reads {_FORMAT}")
         entries = {name: _Entry.from_json(entry) for name, entry in values["blocks"].items()}
+        for entry in entries.values():
+            inside(path, entry.file, MANIFEST)
+        if not isinstance(values["settings"], dict):
+            raise TypeError("settings must be an object")
         return values["settings"], entries, bool(values["complete"])
     except FileNotFoundError:
         raise UserError(
             f"calibration: {path}: this folder is in the way, and holds no calibration: name another folder"
         ) from None
-    except UserError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UserError as error:
+        raise UserError(f"calibration: {path}: {error}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"calibration: {path / MANIFEST}: it is damaged ({error}): delete the folder") from None
 
 

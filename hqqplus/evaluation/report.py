@@ -92,9 +92,21 @@ def write_report(report: Report, folder: str | Path, how_to_load: str | None = N
     """
     folder = Path(folder)
     _draw(report, folder / "report.png")
-    write_json(folder / "report.json", report.to_json())
-    # Last: the page shows the picture.
     write_text(folder / "report.md", _page(report, how_to_load or _HOW_TO_LOAD))
+    # Last: where it is, the run is through.
+    write_json(folder / "report.json", report.to_json())
+
+
+def read_report(folder: str | Path) -> Report | None:
+    """The report in `folder`, as `write_report` left it; None where there is none that can be read.
+
+    What JSON has no number for comes back as None.
+    """
+    try:
+        values = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+        return Report(**values)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def print_report(report: Report, console: Console | None = None) -> None:

@@ -14,7 +14,8 @@ rows and columns beside its matrices (`add_gains`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -23,6 +24,8 @@ import torch
 # From the defining modules: while PEFT itself is being imported, its top level is not there yet.
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hqqplus.errors import UserError
@@ -227,6 +230,23 @@ def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The gains of all adapters of `model`."""
     layers = [module for module in model.modules() if isinstance(module, PackedLoraLinear)]
     return [gains for layer in layers for name in GAINS for gains in getattr(layer, name).values()]
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the block the base model computes by itself, with the norms that it came with.
+
+    PEFT's own `disable_adapter` freezes the adapter meanwhile; a model that is being trained by FSDP2 would take note.
+    """
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer._disable_adapters = flag
 
 
 def norm_modules(model: nn.Module) -> list[str]:

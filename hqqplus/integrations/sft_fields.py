@@ -76,6 +76,7 @@ def field_types() -> Mapping[str, FieldType]:
     """Every field that SFTConfig can be made with, by name. The first call imports trl."""
     # Read when huggingface_hub is imported, which this may be the first to do; see hqqplus.integrations.trl.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     from trl import SFTConfig
 
     hints = typing.get_type_hints(SFTConfig)

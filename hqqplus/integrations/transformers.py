@@ -29,6 +29,7 @@ from hqqplus.modules import replace
 from hqqplus.modules.packed import PackedState
 from hqqplus.quantization.spec import QuantPlan, QuantSpec, SolverOptions
 from hqqplus.quantization.tensor import state_names
+from hqqplus.untrusted import check_memory
 
 QUANT_METHOD = "hqqplus"
 
@@ -148,6 +149,9 @@ class HqqPlusQuantizer(HfQuantizer):
                     layer = replace.empty_packed(model.get_submodule(name), spec, self.compute_dtype)
                     model.set_submodule(name, layer)
             self._tie(model)
+            if files := kwargs.get("checkpoint_files"):
+                tensors = (*model.parameters(), *model.buffers())  # on the meta device: none has memory yet
+                check_memory(sum(tensor.numel() * tensor.element_size() for tensor in tensors), files)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

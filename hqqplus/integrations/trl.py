@@ -1,79 +1,48 @@
-"""TRL: the trainer. `SFTTrainer` with our perplexity as its evaluation, a manifest behind every checkpoint, and, where
-they are asked for, distillation, learning rates of their own and parameters that PEFT does not save."""
+"""TRL: the trainer. `SFTTrainer` with our perplexity as its evaluation, checkpoints that are whole or not there, and,
+where they are asked for, distillation, learning rates of their own and parameters that PEFT does not save."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import os
-import time
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 # TRL reports every trainer that is made; we don't.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# And datasets counts every file that is loaded, those of this machine too.
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from hqqplus.errors import UserError
 from hqqplus.evaluation.perplexity import PerplexityResult
+from hqqplus.files import full_disk
+from hqqplus.integrations import fsdp
+from hqqplus.integrations.distilling import Distillation, DistilledOutput, Request, add_distillation
+from hqqplus.integrations.paging import page_again
+from hqqplus.integrations.safekeeping import ROW_ID, ROW_IDS, Clock, LogState, Watch, with_row_ids
 
 # (model, process index, number of processes, sum over processes) -> result
 Evaluator = Callable[[Any, int, int, Callable[[torch.Tensor], torch.Tensor] | None], PerplexityResult]
-# (checkpoint step, seconds of training in this process, tokens seen by it)
-OnCheckpoint = Callable[[int, float, int], None]
+# (folder that was written, optimizer step, seconds of training in this process, tokens seen by it)
+OnCheckpoint = Callable[[Path, int, float, int], None]
 # model -> groups of its trainable parameters with settings of their own: {"params": [...], "lr": 1e-4}
 ParamGroups = Callable[[Any], list[dict[str, Any]]]
-
-
-class Loss(Protocol):
-    """`hqqplus.recovery.distillation.DistillationLoss`: sums over the positions, but for `loss`."""
-
-    @property
-    def loss(self) -> Tensor: ...
-
-    @property
-    def kl(self) -> Tensor: ...
-
-    @property
-    def ce(self) -> Tensor: ...
-
-    @property
-    def hidden(self) -> Tensor: ...
-
-    @property
-    def correct(self) -> Tensor: ...
-
-    @property
-    def positions(self) -> int: ...
-
-
-class Distillation(Protocol):
-    """What the trainer needs to distil: `hqqplus.recovery.distillation.Distillation`."""
-
-    def collator(self, collate: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]: ...
-
-    def targets(self, inputs: dict[str, Any]) -> Any: ...
-
-    def loss(
-        self, model: Any, hidden: Tensor, labels: Tensor, targets: Any, num_items: Tensor | int | None
-    ) -> Loss: ...
 
 
 class Extras(NamedTuple):
     """State that the checkpoint of a PEFT model leaves out, as a pair of functions of the checkpoint's folder.
 
-    `save` is called by the one process that writes checkpoints, when the model is saved and before the manifest;
-    `load` by every process, when the model is loaded and before its optimizer's state is.
+    Every process calls both, since a sharded model is gathered by all: `save` when the model is saved and before the
+    manifest (it is for `save` to write in the main process alone), `load` when the model is loaded and before its
+    optimizer's state is.
     """
 
     save: Callable[[Path], None]
@@ -84,12 +53,25 @@ class RecoveryTrainer(SFTTrainer):
     """`SFTTrainer` whose evaluation is the perplexity that parent and quantized model are measured with too.
 
     Args:
+        on_checkpoint: called by the main process with each checkpoint that is written, in a folder aside, to put it in
+            its place.
+        aside: name of the folder in the output folder in which checkpoints are written.
         prepared: the training rows come from `prepare_rows`, and are trained on as they are.
         distillation: what to train on instead of TRL's loss. The load-balancing loss of a mixture of experts is then
             left out.
         param_groups: parameters with a learning rate of their own; the scheduler scales all rates alike. Where a group
             does not say it, weight decay is TRL's: none on norms and biases.
         extras: further state of a checkpoint.
+        stop_requested: number of the signal that told this process to stop, or 0. The training then ends at the next
+            whole optimizer step, with a checkpoint; `stopped` is that number.
+        describe_rows: ids of rows in words, for the message of a loss that is no number.
+        resumed_from: the checkpoint that `train` will continue from.
+        on_sharded: called in every process once a model for FSDP2 is sharded, before anything of it is trained or
+            loaded from a checkpoint; without FSDP2 never.
+
+    Attributes:
+        last_checkpoint: folder of the newest complete checkpoint; None before there is one.
+        log_state: sums that are not logged yet.
     """
 
     def __init__(
@@ -98,10 +80,15 @@ class RecoveryTrainer(SFTTrainer):
         args: SFTConfig,
         evaluator: Evaluator,
         on_checkpoint: OnCheckpoint,
+        aside: str = ".checkpoint-being-written",
         prepared: bool = False,
         distillation: Distillation | None = None,
         param_groups: ParamGroups | None = None,
         extras: Extras | None = None,
+        stop_requested: Callable[[], int] = lambda: 0,
+        describe_rows: Callable[[list[int]], str] | None = None,
+        resumed_from: Path | None = None,
+        on_sharded: Callable[[], None] | None = None,
         **kwargs: Any,
     ) -> None:
         if prepared:
@@ -109,17 +96,39 @@ class RecoveryTrainer(SFTTrainer):
         super().__init__(args=args, **kwargs)
         self.evaluator, self.distillation = evaluator, distillation
         self._param_groups, self._extras = param_groups, extras
+        self._on_checkpoint, self._aside = on_checkpoint, aside
+        self._writes_to: str | None = None
+        self.last_checkpoint: Path | None = resumed_from
         if distillation is not None:
             self.data_collator = distillation.collator(self.data_collator)
-            _add_distillation(self._causal_model)
-        self._clock = _Clock(self, on_checkpoint)
-        # Last of all, so that the manifest comes after everything that other callbacks write.
-        self.add_callback(self._clock)
+            add_distillation(self._causal_model)
+        self.data_collator = with_row_ids(self.data_collator)
+        self._clock, self.log_state = Clock(), LogState(self)
+        self._watch = Watch(self, stop_requested, describe_rows)
+        self._sharded = fsdp.Announce(on_sharded if self.accelerator.is_fsdp2 else None)
+        for callback in (self._sharded, self._clock, self.log_state, self._watch):
+            self.add_callback(callback)
 
     @property
     def _causal_model(self) -> Any:
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # Several processes
+
+    def create_accelerator_and_postprocess(self) -> None:
+        fsdp.allow_on_cpu(fsdp.is_requested() or bool(self.args.fsdp))
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2:
+            fsdp.keep_precision(self.accelerator)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.accelerator.is_fsdp2:
+            fsdp.shard_tied(self.model, self.accelerator)
+        output = super().train(*args, **kwargs)
+        trained: Any = self.model
+        fsdp.settle(trained)
+        return output
 
     # Evaluation
 
@@ -128,7 +137,12 @@ class RecoveryTrainer(SFTTrainer):
     ) -> dict[str, float]:
         result = self.measure(self.model)
         metrics = {f"{metric_key_prefix}_loss": result.nll, f"{metric_key_prefix}_perplexity": result.perplexity}
+        trained: Any = self.model
+        training = trained.training
+        # In training mode TRL would take what the training has summed up for part of this entry.
+        trained.eval()
         self.log(metrics)
+        trained.train(training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -138,7 +152,9 @@ class RecoveryTrainer(SFTTrainer):
     def measure(self, model: Any) -> PerplexityResult:
         state = self.accelerator
         reduce = state.reduce if state.num_processes > 1 else None
-        return self.evaluator(model, state.process_index, state.num_processes, reduce)
+        result = self.evaluator(model, state.process_index, state.num_processes, reduce)
+        fsdp.settle(model)
+        return result
 
     @property
     def seconds(self) -> float:
@@ -149,6 +165,38 @@ class RecoveryTrainer(SFTTrainer):
     def tokens(self) -> int:
         """Tokens trained on by this process and its peers, padding excluded."""
         return int(self._total_train_tokens)
+
+    @property
+    def stopped(self) -> int:
+        """Number of the signal that ended the training before its last step; 0 where it is through."""
+        return self._watch.stopped
+
+    # Steps
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if ROW_ID not in columns:
+            columns.append(ROW_ID)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Continued from its last checkpoint a training is through; the Trainer would make one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        rows = inputs.pop(ROW_IDS, None)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._watch.saw(loss, rows)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:
+            # The closing entry: over the whole training, and not over what was trained since a resume.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
 
     # Distillation
 
@@ -162,7 +210,7 @@ class RecoveryTrainer(SFTTrainer):
             raise UserError("distillation: sequences cannot be split between processes")
         arguments = {**inputs, "use_cache": False}
         targets = self.distillation.targets(arguments)
-        request = _Request(self.distillation, targets, num_items_in_batch)
+        request = Request(self.distillation, targets, num_items_in_batch)
         outputs = model(**arguments, distillation=request)
         loss = outputs.loss
         # `num_items_in_batch` counts the tokens of every process, and DDP averages gradients over them.
@@ -171,7 +219,7 @@ class RecoveryTrainer(SFTTrainer):
         self._note_metrics(arguments, outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _note_metrics(self, inputs: Mapping[str, Any], outputs: _DistilledOutput) -> None:
+    def _note_metrics(self, inputs: Mapping[str, Any], outputs: DistilledOutput) -> None:
         """Means over the supervised positions of all processes, and the tokens trained on, under TRL's own names."""
         trained: Any = self.model
         mode = "train" if trained.training else "eval"
@@ -200,93 +248,74 @@ class RecoveryTrainer(SFTTrainer):
 
     # Checkpoints
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._writes_to or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint to a folder aside; `on_checkpoint` gives it its name once it is whole."""
+        output, step = super()._get_output_dir(trial), self.state.global_step
+        aside = Path(output) / self._aside
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with self._writing_to(aside), full_disk(output, "checkpoint", self._advice):
+            super()._save_checkpoint(model, trial)
+            written = aside / f"checkpoint-{step}"
+            self.log_state.save(written)
+            if self.state.best_global_step == step and self.state.best_model_checkpoint is not None:
+                self.state.best_model_checkpoint = str(Path(output) / written.name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(written / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if self.state.is_world_process_zero:
+                self._on_checkpoint(written, step, self.seconds, self.tokens)
+        self.accelerator.wait_for_everyone()
+        self.last_checkpoint = Path(output) / written.name
+        self.log_state.evaluation_due = False
+
+    @contextmanager
+    def _writing_to(self, aside: Path) -> Iterator[None]:
+        self._writes_to = str(aside)
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        finally:
+            self._writes_to = None
+
+    @property
+    def _advice(self) -> str:
+        kept = f"{self.last_checkpoint} is complete" if self.last_checkpoint else "nothing was saved before"
+        return f"{kept}: make room and run the same command again"
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        if self.accelerator.is_fsdp2:
+            # The Trainer would gather the packed model too, and then save the adapter alone.
+            state = fsdp.trained_state(self.model, keep=self.args.should_save)
+            self._save(output_dir or self.args.output_dir, state)
+        else:
+            super().save_model(output_dir, _internal_call)
         # Called by the Trainer for a checkpoint.
-        if _internal_call and output_dir is not None and self._extras is not None and self.args.should_save:
+        if _internal_call and output_dir is not None and self._extras is not None:
             self._extras.save(Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._sharded.now()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._extras is not None:
             self._extras.load(Path(resume_from_checkpoint))
+        self.log_state.load(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            page_again(self.optimizer)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self._extras is not None and self.state.best_model_checkpoint is not None:
             self._extras.load(Path(self.state.best_model_checkpoint))
-
-
-class _Clock(TrainerCallback):
-    """Times the training and reports checkpoints."""
-
-    def __init__(self, trainer: RecoveryTrainer, on_checkpoint: OnCheckpoint) -> None:
-        self.trainer, self.on_checkpoint = trainer, on_checkpoint
-        self._started: float | None = None
-        self._stopped: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        if self._started is None:
-            return 0.0
-        return (self._stopped or time.monotonic()) - self._started
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started, self._stopped = time.monotonic(), None
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stopped = time.monotonic()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
-            self.on_checkpoint(state.global_step, self.seconds, self.trainer.tokens)
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """What goes through the wrappers of a model (DDP, FSDP, PEFT) to its forward pass: opaque to all of them."""
-
-    distillation: Distillation
-    targets: Any
-    num_items: Tensor | int | None
-
-
-@dataclass
-class _DistilledOutput(ModelOutput):
-    """`loss`; `sums` [5], detached: kl, ce, hidden and correct summed over the supervised positions, their number."""
-
-    loss: Tensor | None = None
-    sums: Tensor | None = None
-
-
-def _add_distillation(model: Any) -> None:
-    """Let `model(..., labels=..., distillation=request)` return the loss of the request, and build no logits.
-
-    In the model's own forward pass, as TRL's fused head is: so it runs inside what DDP, FSDP and autocast put around
-    it. Called otherwise, the model is what it was.
-    """
-    without = model.forward
-
-    # The signature stays the class's: `generate` checks its arguments against it.
-    @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, distillation: _Request | None = None, **kwargs: Any) -> Any:
-        if distillation is None:
-            return without(*args, **kwargs)
-        labels = kwargs.pop("labels")[:, 1:]
-        # Looked up at each call, since FSDP replaces it.
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        # DeepSpeed's ZeRO-3 brings a module's parameters together only where the module itself is called.
-        with maybe_gather_lm_head_ctx(*self.get_output_embeddings().parameters()):
-            counts = labels != -100
-            found = distillation.distillation.loss(
-                self, hidden[counts], labels[counts], distillation.targets, distillation.num_items
-            )
-        parts = [found.kl, found.ce, found.hidden, found.correct]
-        sums = torch.stack([*parts, torch.full_like(found.kl, found.positions)]).detach()
-        return _DistilledOutput(loss=found.loss, sums=sums)
-
-    model.forward = types.MethodType(forward, model)
 
 
 def _regroup(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hqqplus.modules.sharding import whole
 from hqqplus.quantization import PackedTensor, QuantSpec
 from hqqplus.quantization.metadata import metadata_views
 from hqqplus.quantization.tensor import state_names, state_shapes
@@ -55,11 +56,11 @@ class PackedState(nn.Module):
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def packed(self) -> PackedTensor:
-        """The matrix as a `PackedTensor` (sharing the tensors)."""
-        scale, offset, blocks = (None if tensor is None else tensor.detach() for tensor in self.stored_metadata())
-        assert scale is not None
-        assert offset is not None
-        return PackedTensor(self.W_q.data, scale, offset, self.spec, self.matrix_shape, blocks)
+        """The matrix as a `PackedTensor` (sharing the tensors, where they are not sharded)."""
+        scale, offset, blocks = self.stored_metadata()
+        codes, scale, offset = (whole(tensor).detach() for tensor in (self.W_q, scale, offset))
+        blocks = None if blocks is None else whole(blocks).detach()
+        return PackedTensor(codes, scale, offset, self.spec, self.matrix_shape, blocks)
 
     def packed_parameters(self) -> dict[str, nn.Parameter]:
         """The packed tensors by name, in the order of `state_names`."""
@@ -71,13 +72,14 @@ class PackedState(nn.Module):
 
     def metadata(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """scale, offset and blocks as the ops take them: views of the stored bytes."""
-        return metadata_views(*self.stored_metadata(), self.spec.metadata_dtype)
+        scale, offset, blocks = self.stored_metadata()
+        return metadata_views(whole(scale), whole(offset), whole(blocks), self.spec.metadata_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The full matrix in `dtype` (default: the compute dtype)."""
         spec = self.spec
         return torch.ops.hqqplus.dequantize(
-            self.W_q,
+            whole(self.W_q),
             *self.metadata(),
             spec.nbits,
             spec.group_size,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hqqplus.errors import UserError
 from hqqplus.kernels.scales import TrainedScales, current_scales
+from hqqplus.modules.sharding import is_sharded, whole
 from hqqplus.quantization.metadata import encode, fit_maps, metadata_dtype, metadata_views, to_storage
 from hqqplus.quantization.spec import BLOCK, QuantSpec
 
@@ -54,8 +55,8 @@ def is_trained(layer: PackedLinear) -> bool:
 def trained_scales(layer: PackedLinear) -> TrainedScales:
     """What is trained, as the kernels take it."""
     assert layer.scale_delta is not None
-    start = metadata_views(layer.scale, layer.offset, layer.blocks, layer.spec.metadata_dtype)
-    return TrainedScales(layer.scale_delta, layer.offset_delta, start)
+    start = metadata_views(whole(layer.scale), whole(layer.offset), whole(layer.blocks), layer.spec.metadata_dtype)
+    return TrainedScales(whole(layer.scale_delta), whole(layer.offset_delta), start)
 
 
 def trained_metadata(layer: PackedLinear) -> Stored:
@@ -70,6 +71,8 @@ def trained_metadata(layer: PackedLinear) -> Stored:
         # What is kept for evaluation ends here: an optimizer's kernel need not count its change as a version.
         layer.kept_metadata = None
         return _encoded(layer)
+    if is_sharded(layer.scale_delta):
+        return _encoded(layer)  # nothing of a sharded layer is kept: it would be whole
     deltas = [getattr(layer, name) for name in DELTAS]
     state = tuple((d.data_ptr(), d._version) for d in deltas if d is not None)
     if layer.kept_metadata is None or layer.kept_metadata[0] != state:
@@ -100,13 +103,14 @@ def _encode(layer: PackedLinear) -> Stored:
         dtype = metadata_dtype(layer.spec.metadata_dtype)
         return to_storage(scales.to(dtype)), to_storage(offsets.to(dtype)), None
     scale, offset, blocks = _encode_8bit(scales, offsets, layer.spec)
-    moved = torch.stack([d != 0 for name in DELTAS if (d := getattr(layer, name)) is not None]).any(0).flatten()
+    deltas = [whole(d) for name in DELTAS if (d := getattr(layer, name)) is not None]
+    moved = torch.stack([d != 0 for d in deltas]).any(0).flatten()
     moved = nn.functional.pad(moved, (0, -moved.numel() % BLOCK)).view(-1, BLOCK).any(1)  # [blocks]
     entries = moved.repeat_interleave(BLOCK)[: scale.numel()].view(scale.shape)
     return (
-        torch.where(entries, scale, layer.scale),
-        torch.where(entries, offset, layer.offset),
-        torch.where(moved[:, None], blocks, layer.blocks),
+        torch.where(entries, scale, whole(layer.scale)),
+        torch.where(entries, offset, whole(layer.offset)),
+        torch.where(moved[:, None], blocks, whole(layer.blocks)),
     )
 
 

@@ -27,6 +27,12 @@ from hqqplus.quantization.metadata import metadata_dtype, too_large
 from hqqplus.quantization.robust import robust_fit
 from hqqplus.quantization.spec import QuantSpec, SolverOptions
 
+SOLVER_VERSION = 1
+"""Which codes, scales and offsets come out for a weight. Raise it with any change after which the same weight, spec
+and options give others (here, in the search, in 8-bit metadata, in error feedback): adapters and checkpoints note it,
+and are refused where their parent would be quantized to something else. `tests/quantization/test_solver_version.py`
+notices such a change."""
+
 # Elements solved at once: small enough that a chunk and its temporaries stay in a CPU's cache.
 _CHUNK_CPU, _CHUNK_GPU = 2**17, 2**24
 _COLUMNS = 64

@@ -58,9 +58,13 @@ class LayerStatistics:
         """What `to_dict` gave, also after a way through JSON.
 
         Raises:
-            TypeError: if a field is missing or unknown.
+            TypeError, KeyError: if a field is missing, unknown or no number.
         """
-        return cls(**{**values, "shape": tuple(values["shape"])})
+        made = cls(**{**values, "shape": tuple(values["shape"])})
+        numbers = [value for name, value in made.__dict__.items() if name != "shape"]
+        if len(made.shape) != 2 or not all(isinstance(number, int | float) for number in (*made.shape, *numbers)):
+            raise TypeError("the statistics of a layer are numbers, and its shape has two")
+        return made
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,20 @@ from accelerate import PartialState
 
 from hqqplus import models
 from hqqplus.adapters import Fingerprint, ResidualCollector, residuals_from_parent
+from hqqplus.adapters.fingerprint import (
+    CONTENTS,
+    FILE_NAME,
+    PACKED,
+    PARENT,
+    REVISION,
+    SCALES,
+    SOLVER,
+    check_tokenizer,
+    differences,
+    flattened,
+    quantization_identity,
+    settle,
+)
 from hqqplus.adapters.residual import Factors
 from hqqplus.calibration.calibrate import Calibration
 from hqqplus.errors import UserError
@@ -20,9 +34,14 @@ from hqqplus.files import check_output
 from hqqplus.integrations.transformers import HqqPlusConfig
 from hqqplus.modules import observe_packing
 from hqqplus.modules.replace import Solutions, packed_already
+from hqqplus.quantization.solver import SOLVER_VERSION
 from hqqplus.recipe import Recipe
 from hqqplus.recovery.calibrated import Text, calibrate_parent, calibration_folder, described, gain_of, samples_of
+from hqqplus.recovery.processes import is_sharded
 from hqqplus.streaming import quantize_checkpoint
+
+Judge = Callable[[str, Sequence[str], str], None]
+"""What `settle` does with a head, differences and a way out: it refuses, or says what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +74,44 @@ def load_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _packed_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """The arguments for a packed folder that is going to be trained.
+
+    Where it will be sharded it stays in CPU memory, where the processes of a machine map the same files, and each
+    later copies its own share to its device: no device ever holds the whole.
+    """
+    options = load_options(recipe, device)
+    if is_sharded(recipe.training, PartialState()):
+        dtype = models.compute_dtype(recipe.model.dtype, device, "model.dtype")
+        options |= {"device": torch.device("cpu"), "dtype": dtype}
+    return options
+
+
 def load_backbone(
-    recipe: Recipe, device: torch.device, versions: dict[str, str], text: Text, start: bool, say: Callable[[str], None]
+    recipe: Recipe,
+    device: torch.device,
+    versions: dict[str, str],
+    text: Text,
+    start: bool,
+    say: Callable[[str], None],
+    allow_mismatch: bool = False,
 ) -> Backbone:
     """Bring up the packed model of `recipe` on `device`, by way of `quantization.save_to` where that is given.
 
     Args:
         text: for what is found out before quantizing (`calibrated.py`).
         start: also compute the factors of the LoRA start that the recipe names.
+        allow_mismatch: take a packed model that is not what the recipe makes, and say so.
 
     Raises:
-        UserError: if the model cannot be read, if `save_to` holds something else, or if the start needs a parent that
-            is not known.
+        UserError: if the model cannot be read, if `save_to` holds something else, if a packed model is not what its
+            `hqqplus.json` says, or if the start needs a parent that is not known.
     """
+
+    def judge(head: str, changes: Sequence[str], way_out: str) -> None:
+        for sentence in settle(head, changes, way_out, allow_mismatch):
+            say(sentence)
+
     name, section = recipe.model.name_or_path, recipe.quantization
     residual = start and recipe.adapter.init == "residual"
     if models.is_packed(name):
@@ -77,9 +121,19 @@ def load_backbone(
         ):
             if used:
                 raise UserError(f"{key}: {name} is packed already, and this looks at weights: name the parent model")
-        return _packed(recipe, name, HqqPlusConfig.from_plan(section.plan()), device, versions, residual)
+        # As it lies there: by now the run's own may have the template of the recipe.
+        known: dict[str, Any] = {
+            "revision": recipe.model.revision,
+            "trust_remote_code": recipe.model.trust_remote_code,
+        }
+        own = models.load_tokenizer(name, **known)
+        for sentence in check_tokenizer(own, models.resolve_name(name), allow_mismatch):
+            say(sentence)
+        plan = HqqPlusConfig.from_plan(recipe.quantization.plan())
+        backbone = _packed(recipe, name, plan, device, versions, residual, judge)
+        return replace(backbone, fingerprint=backbone.fingerprint.with_tokenizer(text.tokenizer))
     if recipe.calibration.method != "none":
-        return _calibrated(recipe, device, versions, text, start)
+        return _calibrated(recipe, device, versions, text, start, judge)
     config = _config(recipe, device, text, say)
     options = load_options(recipe, device)
     saved = section.save_to
@@ -87,10 +141,11 @@ def load_backbone(
         collector = ResidualCollector(recipe.adapter.start_rank)
         with observe_packing(collector) if residual else nullcontext():
             model = models.load_causal_lm(name, quantization=config, **options)
-        fingerprint = models.fingerprint_of(model, name, recipe.model.revision, versions)
+        revision, tokenizer = recipe.model.revision, text.tokenizer
+        fingerprint = models.fingerprint_of(model, name, revision, versions, tokenizer=tokenizer)
         return Backbone(model, fingerprint, collector.factors if residual else None)
-    fingerprint = _save(recipe, saved, config, device, versions)
-    model = models.load_causal_lm(saved, **{**options, "revision": None})
+    fingerprint = _save(recipe, saved, config, device, versions, judge)
+    model = models.load_causal_lm(saved, **{**_packed_options(recipe, device), "revision": None})
     return Backbone(model, fingerprint, _factors(model, fingerprint, recipe) if residual else None)
 
 
@@ -123,6 +178,7 @@ def _save(
     config: HqqPlusConfig,
     device: torch.device,
     versions: dict[str, str],
+    judge: Judge,
     calibration: dict[str, Any] | None = None,
     solve: Callable[[], Solutions] | None = None,
 ) -> Fingerprint:
@@ -149,10 +205,12 @@ def _save(
                     calibration=calibration,
                     where="model.name_or_path",
                 )
-    return _check_saved(saved, name, section.revision, config, calibration)
+    return _check_saved(saved, name, section.revision, config, calibration, judge)
 
 
-def _calibrated(recipe: Recipe, device: torch.device, versions: dict[str, str], text: Text, start: bool) -> Backbone:
+def _calibrated(
+    recipe: Recipe, device: torch.device, versions: dict[str, str], text: Text, start: bool, judge: Judge
+) -> Backbone:
     saved = base_folder(recipe)
     assert saved is not None
     tokens = samples_of(recipe, text)
@@ -163,8 +221,9 @@ def _calibrated(recipe: Recipe, device: torch.device, versions: dict[str, str], 
         return calibrate_parent(recipe, plan, tokens, folder, device, rank)
 
     config = HqqPlusConfig.from_plan(plan)
-    fingerprint = _save(recipe, saved, config, device, versions, described(recipe, tokens), lambda: solve().solutions)
-    model = models.load_causal_lm(saved, **{**load_options(recipe, device), "revision": None})
+    how = described(recipe, tokens)
+    fingerprint = _save(recipe, saved, config, device, versions, judge, how, lambda: solve().solutions)
+    model = models.load_causal_lm(saved, **{**_packed_options(recipe, device), "revision": None})
     if not start or recipe.adapter.init == "default":
         return Backbone(model, fingerprint)
     if recipe.adapter.init == "residual":
@@ -181,41 +240,72 @@ def _factors(model: Any, fingerprint: Fingerprint, recipe: Recipe) -> dict[str, 
 
 
 def _packed(
-    recipe: Recipe, name: str, config: HqqPlusConfig, device: torch.device, versions: dict[str, str], residual: bool
+    recipe: Recipe,
+    name: str,
+    config: HqqPlusConfig,
+    device: torch.device,
+    versions: dict[str, str],
+    residual: bool,
+    judge: Judge,
 ) -> Backbone:
-    model = models.load_causal_lm(name, **load_options(recipe, device))
+    model = models.load_causal_lm(name, **_packed_options(recipe, device))
     own = model.config.quantization_config
     if "quantization" in recipe.model_fields_set and own.plan() != config.plan():
         raise UserError(
             f"quantization: {name} is packed already, to {own.nbits} bits in groups of {own.group_size}: leave this "
             "section out, or name the parent model"
         )
-    noted = Fingerprint.read(name)
+    noted = Fingerprint.read(models.resolve_name(name))
     parent = noted.base if noted else None
     fingerprint = models.fingerprint_of(model, parent or name, noted.revision if noted else None, versions)
+    # Neither the parent nor this solver was at work here.
+    fingerprint = replace(fingerprint, parent_digest=None, solver=None)
     if noted is not None:
-        fingerprint = replace(fingerprint, baked=noted.baked, calibration=noted.calibration)
+        changes = differences({PACKED: noted.packed_sha256}, {PACKED: fingerprint.packed_sha256}, FILE_NAME)
+        head = f"model.name_or_path: {name}: this packed model is not the one that it was written as"
+        judge(head, changes, "fetch or quantize it anew")
+        kept = ("baked", "calibration", "parent_digest", "solver")
+        fingerprint = replace(fingerprint, **{field: getattr(noted, field) for field in kept})
     if residual and parent is None:
         raise UserError(f"adapter.init: {name} does not say what it was quantized from; use init: default")
     return Backbone(model, fingerprint, _factors(model, fingerprint, recipe) if residual else None)
 
 
 def _check_saved(
-    saved: str, name: str, revision: str | None, config: HqqPlusConfig, calibration: dict[str, Any] | None
+    saved: str,
+    name: str,
+    revision: str | None,
+    config: HqqPlusConfig,
+    calibration: dict[str, Any] | None,
+    judge: Judge,
 ) -> Fingerprint:
     """The fingerprint of the packed model in folder `saved`, which must be `name` quantized as `config` says."""
-    fingerprint = Fingerprint.read(saved)
+    found = Fingerprint.read(saved)
     wanted = {key: value for key, value in config.to_dict().items() if key != "quant_method"}
-    if fingerprint is None or not models.is_packed(saved):
+    if found is None or not models.is_packed(saved):
         raise UserError(f"quantization.save_to: {saved} exists and is no packed model: name another folder")
-    made = fingerprint.base, fingerprint.quantization, fingerprint.baked
-    if made != (name, wanted, False) or revision not in (None, fingerprint.revision):
-        raise UserError(
-            f"quantization.save_to: {saved} holds {fingerprint.describe()}, not what this recipe makes: "
-            "name another folder"
-        )
-    if fingerprint.calibration != calibration:
-        raise UserError(
-            f"quantization.save_to: {saved} was quantized with another calibration, or none: name another folder"
-        )
-    return fingerprint
+    contents = models.content_digest(name, revision)
+    known = {PARENT: name, REVISION: revision, CONTENTS: contents, SOLVER: str(SOLVER_VERSION), SCALES: "no"}
+    here = {key: value for key, value in known.items() if value is not None}
+    changes = differences(found.identity(), here, FILE_NAME)
+    if found.base != name and not (contents and found.parent_digest and contents != found.parent_digest):
+        # A copy of the parent would make the same, but not under the name that adapters will look for.
+        changes.insert(0, f"{PARENT}: {found.base} ({FILE_NAME}), {name} (here)")
+    changes += _complete_differences(quantization_identity(found.quantization), quantization_identity(wanted))
+    head = f"quantization.save_to: {saved} holds {found.describe()}, not what this recipe makes"
+    judge(head, changes, "name another folder")
+    noted, here = (flattened(how or {"method": "none"}, "calibration") for how in (found.calibration, calibration))
+    changes = (
+        _complete_differences(noted, here)
+        if found.calibration and calibration
+        else differences(noted, here, FILE_NAME)
+    )
+    head = f"quantization.save_to: {saved} was quantized with another calibration, or none"
+    judge(head, changes, "name another folder")
+    return found
+
+
+def _complete_differences(stored: dict[str, str], here: dict[str, str]) -> list[str]:
+    """`differences` between two sides that know everything: what one of them lacks is not set there."""
+    names = dict.fromkeys([*stored, *here], "not set")
+    return differences({**names, **stored}, {**names, **here}, FILE_NAME)

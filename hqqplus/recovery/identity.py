@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hqqplus.recovery.rows import Survey, digest_of
-
-# Of the beginning and the end of each tensor of a checkpoint, what is read to tell it from another.
-_SAMPLE_BYTES = 4096
+from hqqplus.digests import checkpoint_digest, digest_of
+from hqqplus.recovery.rows import Survey
 
 
 @dataclass(frozen=True)
@@ -82,24 +79,3 @@ def _parent_folder(name: str, revision: str | None, trust_remote_code: bool, whe
     with models.one_sentence(name, where):
         folder, _, commit = fetch(name, revision, trust_remote_code, where)
     return folder, commit
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """A digest of a checkpoint: its config, the layout of its safetensors files, both ends of each tensor.
-
-    No training leaves the ends of every tensor as they were; reading a whole checkpoint at each start would take
-    minutes.
-    """
-    from hqqplus.shards import read_header
-
-    def parts() -> Iterator[bytes]:
-        yield (folder / "config.json").read_bytes()
-        for path in sorted(folder.glob("*.safetensors")):
-            with open(path, "rb") as file:
-                for name, tensor in sorted(read_header(path).items()):
-                    yield f"{name} {tensor.dtype} {tensor.shape}".encode()
-                    for start in (0, max(0, tensor.size - _SAMPLE_BYTES)):
-                        file.seek(tensor.start + start)
-                        yield file.read(min(_SAMPLE_BYTES, tensor.size))
-
-    return digest_of(parts())

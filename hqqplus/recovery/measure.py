@@ -12,6 +12,8 @@ from typing import Any
 from hqqplus.evaluation.perplexity import Windows, perplexity
 from hqqplus.evaluation.samples import complete
 from hqqplus.files import write_json
+from hqqplus.integrations.fsdp import in_lockstep
+from hqqplus.untrusted import read_json
 
 FILE_NAME = "measurements.json"
 
@@ -40,11 +42,16 @@ class Meter:
     batch_size: int
 
     def measure(self, model: Any, model_bytes: int) -> Measurement:
-        return Measurement(
-            {name: perplexity(model, windows, self.batch_size).perplexity for name, windows in self.windows.items()},
-            complete(model, self.tokenizer, self.prompts, self.max_new_tokens),
-            model_bytes,
-        )
+        """Of a sharded model (FSDP2) by all processes together."""
+        with in_lockstep(model):
+            return Measurement(
+                {
+                    name: perplexity(model, windows, self.batch_size).perplexity
+                    for name, windows in self.windows.items()
+                },
+                complete(model, self.tokenizer, self.prompts, self.max_new_tokens),
+                model_bytes,
+            )
 
 
 class Notebook:
@@ -58,21 +65,45 @@ class Notebook:
 
     def recall(self, stage: str, depends_on: Any, measure: Callable[[], Measurement]) -> Measurement:
         """The noted measurement of `stage`, or `measure()`, which is then noted."""
-        digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
-        notes = self._read()
+        return self.noted(stage, depends_on) or self.note(stage, depends_on, measure())
+
+    def noted(self, stage: str, depends_on: Any) -> Measurement | None:
+        """The noted measurement of `stage`, if there is one."""
         try:
-            if notes[stage]["digest"] == digest:
-                return Measurement(**notes[stage]["measurement"])
+            note = self._read()[stage]
+            return _measurement(note["measurement"]) if note["digest"] == _digest(depends_on) else None
         except (KeyError, TypeError):
-            pass  # not noted, or by someone else
-        measurement = measure()
+            return None  # not noted, or by someone else
+
+    def note(self, stage: str, depends_on: Any, measurement: Measurement) -> Measurement:
+        """Note `measurement`, and return it."""
         if self.writes:
-            write_json(self.path, {**notes, stage: {"digest": digest, "measurement": asdict(measurement)}})
+            entry = {"digest": _digest(depends_on), "measurement": asdict(measurement)}
+            write_json(self.path, {**self._read(), stage: entry})
         return measurement
 
     def _read(self) -> dict[str, Any]:
         try:
-            notes = json.loads(self.path.read_text(encoding="utf-8"))
+            notes = read_json(self.path)
         except (OSError, ValueError):
             return {}
         return notes if isinstance(notes, dict) else {}
+
+
+def _measurement(values: Any) -> Measurement:
+    """What `asdict` made a note of.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    found = Measurement(**values)
+    if not isinstance(found.perplexities, dict) or not isinstance(found.samples, list):
+        raise TypeError("perplexities by name and a list of samples are needed")
+    numbers = (*found.perplexities.values(), found.model_bytes)
+    if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(s, str) for s in found.samples):
+        raise TypeError("perplexities are numbers, samples are strings")
+    return found
+
+
+def _digest(depends_on: Any) -> str:
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from hqqplus.digests import KEY_BYTES, digest_of
+from hqqplus.integrations.safekeeping import ROW_ID
 from hqqplus.recovery.distillation import IGNORED
 
-KEY_BYTES = 16
+# Of the text of a row that is told from others by it, so many characters, and the tokens that surely hold as many.
+_SHOWN, _SHOWN_TOKENS = 80, 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +90,33 @@ class Survey:
         return cls(digest_of(sorted(keys)), len(keys), tokens, positions)
 
 
-def digest_of(parts: Iterable[bytes]) -> str:
-    """A digest of byte strings, one after the other."""
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+def add_row_ids(rows: Any) -> Any:
+    """A data set of prepared rows with the column `ROW_ID`, so that a batch can be traced back to its rows."""
+    if ROW_ID in rows.column_names:
+        rows = rows.remove_columns(ROW_ID)
+    return rows.add_column(ROW_ID, np.arange(len(rows)))
+
+
+def describe_rows(
+    rows: Any, ids: Sequence[int], tokenizer: Any, tokens: Mapping[int, Sequence[int]] | None = None
+) -> str:
+    """Which prepared rows `ids` are, in a line each: their number among them, and how their text begins.
+
+    Args:
+        rows: as they were handed to the trainer, with their `ROW_ID`; a data set or a stream.
+        tokens: id -> its token ids, or the first of them. A row of a stream can be looked up in no other way, and is
+            only numbered without.
+    """
+    from datasets import IterableDataset
+
+    streamed = isinstance(rows, IterableDataset)
+    lines = []
+    for number in ids:
+        found = (tokens or {}).get(number)
+        # An id that a data set does not have comes from elsewhere.
+        if found is None and not streamed and 0 <= number < len(rows):
+            found = rows[int(number)]["input_ids"]
+        where = f"row {number} of the stream" if streamed else f"row {number} of {len(rows):,}"
+        text = "" if found is None else f": {tokenizer.decode(list(found[:_SHOWN_TOKENS]))[:_SHOWN]!r}"
+        lines.append(where + text)
+    return "\n".join(lines)

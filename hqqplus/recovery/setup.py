@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from hqqplus.data import RowForm, load_rows
 from hqqplus.errors import UserError
 from hqqplus.evaluation.perplexity import Windows
 from hqqplus.files import check_output
-from hqqplus.integrations.trl import prepare_rows, sft_config
+from hqqplus.integrations.trl import sft_config
 from hqqplus.recipe import Recipe
 from hqqplus.recovery.packing import settle_packing
+from hqqplus.recovery.prepare import Preparation
+from hqqplus.recovery.processes import default_optimizer
+from hqqplus.recovery.streamed import stream_data
+from hqqplus.recovery.supervision import Cut, MaskedRows
+from hqqplus.recovery.tracking import reported_by_transformers
 
 Say = Callable[[str], None]
 
 # With neither an evaluation file nor a split named, so many of the training rows are held out.
-_HELD_OUT_SHARE, _HELD_OUT_MOST = 0.05, 500
+_HELD_OUT = (0.05, 500)
 
 
 @dataclass(frozen=True)
 class RunData:
     """Rows to train on, as TRL wants them; documents to measure on, set name -> texts; and the training rows as
-    documents, for what looks at text before training."""
+    documents, for what looks at text before training: all of them, or of a stream those at its beginning."""
 
     train: Any
     texts: dict[str, list[str]]
@@ -40,27 +45,54 @@ class TrainingRows:
         train: as in `RunData`.
         settings: of the trainer, as `trainer_settings` has them.
         packing: as in the recipe.
+        masked: what becomes of rows without a supervised token, as in the recipe.
 
     Attributes:
         arguments: of the trainer; whether they pack is certain after `of`.
         rows: None before.
     """
 
-    def __init__(self, train: Any, tokenizer: Any, settings: dict[str, Any], packing: Any, say: Say) -> None:
+    def __init__(
+        self,
+        train: Any,
+        tokenizer: Any,
+        settings: dict[str, Any],
+        packing: Any,
+        say: Say,
+        masked: MaskedRows = "refuse",
+    ) -> None:
         self.tokenizer, self.arguments, self.rows = tokenizer, sft_config(settings, "recipe"), None
         self._train, self._settings, self._packing, self._say = train, settings, packing, say
+        self._masked: MaskedRows = masked
+
+    def check(self) -> None:
+        """Tokenize the rows, and say what is wrong with them before there is a model.
+
+        Raises:
+            UserError: for what `Preparation` refuses, as far as it does not depend on packing.
+        """
+        cuts = {Cut.of(self._arguments(packing)) for packing in (True, False)}
+        if self._packing != "auto" or len(cuts) == 1:
+            self._train = self._preparation(self.arguments).tokenized(self._train)
 
     def of(self, model: Any) -> Any:
         """The rows; `model` is the one that will be trained, or its parent.
 
         Raises:
-            UserError: if packing is asked for, and the model lets documents see each other.
+            UserError: if packing is asked for, and the model lets documents see each other; or for what
+                `Preparation` refuses.
         """
         if self.rows is None:
             packing = settle_packing(self._packing, model, say=self._say)
-            self.arguments = sft_config({**self._settings, "packing": packing}, "recipe")
-            self.rows = prepare_rows(self._train, self.tokenizer, self.arguments)
+            self.arguments = self._arguments(packing)
+            self.rows = self._preparation(self.arguments).of(self._train)
         return self.rows
+
+    def _arguments(self, packing: bool) -> Any:
+        return sft_config({**self._settings, "packing": packing}, "recipe")
+
+    def _preparation(self, arguments: Any) -> Preparation:
+        return Preparation(self.tokenizer, arguments, self._masked, self._say)
 
 
 EVALUATION_SET = "evaluation"
@@ -74,31 +106,46 @@ def load_data(recipe: Recipe, tokenizer: Any, say: Say) -> RunData:
     """
     section = recipe.data
     form = RowForm(section.text_field, section.prompt, section.completion, section.messages)
+    eos, bos = tokenizer.eos_token if section.eos else None, unwritten_bos(tokenizer)
+    if section.streaming:
+        train, measured, beginning = stream_data(recipe, tokenizer, form, eos, bos, _HELD_OUT, say)
+        if not section.eos:
+            train = replace(train, rows=without_eos(train.rows, tokenizer), head=without_eos(train.head, tokenizer))
+        return RunData(train, _texts(recipe, tokenizer, form, measured), beginning)
     rows = load_rows(section.path_or_name, section.split, section.config_name)
     form.check(rows, "data.path_or_name")
-    if section.eval_path_or_name or section.eval_split:
-        held_out = load_rows(
-            section.eval_path_or_name or section.path_or_name,
-            section.eval_split or "train",
-            # A configuration belongs to the hub name that it was given with.
-            None if section.eval_path_or_name else section.config_name,
-            where="data.eval_path_or_name" if section.eval_path_or_name else "data.eval_split",
-        )
-        form.check(held_out, "data.eval_path_or_name")
-    else:
-        count = min(max(1, int(len(rows) * _HELD_OUT_SHARE)), _HELD_OUT_MOST)
+    measured = None
+    if not section.eval_path_or_name and section.eval_split:
+        held_out = load_rows(section.path_or_name, section.eval_split, section.config_name, where="data.eval_split")
+        form.check(held_out, "data.eval_split")
+        measured = form.documents(held_out, tokenizer)
+    elif not section.eval_path_or_name:
+        count = min(max(1, int(len(rows) * _HELD_OUT[0])), _HELD_OUT[1])
         if len(rows) < 2:
             raise UserError("data.path_or_name: one row is too few to train on and to hold out from")
         parts = rows.train_test_split(test_size=count, seed=recipe.seed)
-        rows, held_out = parts["train"], parts["test"]
+        rows, measured = parts["train"], form.documents(parts["test"], tokenizer)
         say(f"no evaluation set named: {count} training rows are held out (data.eval_path_or_name or data.eval_split)")
-    texts = {EVALUATION_SET: form.documents(held_out, tokenizer)}
+    sft = form.to_sft(rows, eos, bos)
+    texts = _texts(recipe, tokenizer, form, measured)
+    return RunData(sft if section.eos else without_eos(sft, tokenizer), texts, lambda: form.documents(rows, tokenizer))
+
+
+def _texts(recipe: Recipe, tokenizer: Any, form: RowForm, measured: list[str] | None) -> dict[str, list[str]]:
+    """Evaluation set -> documents; `measured` are those of the first, where no data set of its own is named for it."""
+    section = recipe.data
+    if measured is None:
+        # Without `config_name`: a configuration belongs to the hub name that it was given with.
+        named, where = str(section.eval_path_or_name), "data.eval_path_or_name"
+        held_out = load_rows(named, section.eval_split or "train", where=where)
+        form.check(held_out, where)
+        measured = form.documents(held_out, tokenizer)
+    texts = {EVALUATION_SET: measured}
     for name, path in recipe.evaluation.texts.items():
         further = load_rows(path, where=f"evaluation.texts.{name}")
         column = "text" if "text" in further.column_names else further.column_names[0]
         texts[name] = RowForm(text_field=column).documents(further, tokenizer)
-    sft = form.to_sft(rows, tokenizer.eos_token if section.eos else None, unwritten_bos(tokenizer))
-    return RunData(sft if section.eos else without_eos(sft, tokenizer), texts, lambda: form.documents(rows, tokenizer))
+    return texts
 
 
 def unwritten_bos(tokenizer: Any) -> str | None:
@@ -115,7 +162,7 @@ def without_eos(rows: Any, tokenizer: Any) -> Any:
     """Rows of text, or of prompt and completion, as token ids.
 
     TRL appends EOS to every row of text whatever it is told; rows that are tokenized already it takes as they are.
-    Rows of messages come back unchanged: there it appends nothing.
+    Rows of messages come back unchanged: there it appends nothing. `rows` may be a stream.
     """
 
     def text_ids(row: dict[str, Any]) -> dict[str, Any]:
@@ -127,11 +174,11 @@ def without_eos(rows: Any, tokenizer: Any) -> Any:
         # Labels, because TRL looks for a completion by its column, which is gone.
         return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
 
-    columns = rows.column_names
-    if "text" in columns:
-        return rows.map(text_ids, remove_columns=columns)
-    if "prompt" in columns and isinstance(rows[0]["prompt"], str):
-        return rows.map(completion_ids, remove_columns=columns)
+    first = next(iter(rows))
+    if "text" in first:
+        return rows.map(text_ids, remove_columns=["text"])
+    if isinstance(first.get("prompt"), str):
+        return rows.map(completion_ids, remove_columns=["prompt", "completion"])
     return rows
 
 
@@ -145,8 +192,11 @@ def trainer_settings(recipe: Recipe, device: torch.device, say: Say) -> dict[str
     settings = dict(recipe.training)
     cuda = device.type == "cuda"
     if "optim" not in settings:
-        settings["optim"] = "paged_adamw_8bit" if cuda else "adamw_torch"
-        if not cuda:
+        sharded = default_optimizer(settings, PartialState())
+        settings["optim"] = sharded or ("paged_adamw_8bit" if cuda else "adamw_torch")
+        if sharded:
+            say(f"training.optim: {sharded}, because paged_adamw_8bit (the default) cannot compute with shards")
+        elif not cuda:
             say("training.optim: adamw_torch, because paged_adamw_8bit (the default) pages between GPU and CPU memory")
     elif not cuda and str(settings["optim"]).startswith("paged_"):
         say(f"training.optim: {settings['optim']} runs unpaged on a CPU")
@@ -159,7 +209,6 @@ def trainer_settings(recipe: Recipe, device: torch.device, say: Say) -> dict[str
     # The frozen base never gets a gradient, and has no buffers worth sending every step.
     settings.setdefault("ddp_find_unused_parameters", False)
     settings.setdefault("ddp_broadcast_buffers", False)
-    report_to = recipe.tracking.report_to
     return {
         **settings,
         "output_dir": recipe.output_dir,
@@ -168,16 +217,9 @@ def trainer_settings(recipe: Recipe, device: torch.device, say: Say) -> dict[str
         # "auto" until there is a model to ask.
         "packing": recipe.data.packing is not False,
         "eval_packing": False,
-        "report_to": [report_to] if isinstance(report_to, str) else list(report_to),
+        "report_to": reported_by_transformers(recipe),
         "run_name": recipe.tracking.run,
     }
-
-
-def set_up_tracking(recipe: Recipe) -> None:
-    """Hand the tracking section to wandb by its own environment variables; a variable set by the user wins."""
-    for name, value in (("WANDB_PROJECT", recipe.tracking.project), ("WANDB_MODE", recipe.tracking.mode)):
-        if value is not None:
-            os.environ.setdefault(name, value)
 
 
 def as_dataset(windows: Windows) -> Any:

@@ -6,9 +6,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hqqplus import models
+from hqqplus.adapters import Fingerprint
+from hqqplus.evaluation.report import Report, read_report
+from hqqplus.recipe import Recipe, recipe_digest, to_dict
 from hqqplus.recovery.measure import Measurement
 
 STAGES = ("parent", "quantized", "recovered")
+ADAPTER_FOLDER = "adapter"
+
+
+def finished(output_dir: Path, recipe: Recipe) -> Report | None:
+    """The report of this very recipe in `output_dir`, if nothing of the run is left to do; else None."""
+    report, adapter = read_report(output_dir), output_dir / ADAPTER_FOLDER
+    if report is None or report.evaluation.get("recipe_digest") != recipe_digest(recipe):
+        return None
+    # These change the report alone, and are no part of the digest.
+    if report.recipe.get("evaluation") != to_dict(recipe)["evaluation"]:
+        return None
+    if not (adapter / "adapter_model.safetensors").is_file() or Fingerprint.read(adapter) is None:
+        return None
+    baked = recipe.recovery.scales == "bake"
+    return None if baked and not models.is_packed(str(output_dir / models.PACKED_FOLDERS[0])) else report
 
 
 def curve(log_history: Iterable[Mapping[str, Any]], key: str) -> list[list[float]]:

@@ -20,7 +20,6 @@ the rest of it is done again by the next start, and the finished files are the s
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +40,7 @@ from hqqplus.recovery.distillation import Head, TopTargets
 from hqqplus.recovery.identity import Identity
 from hqqplus.recovery.rows import KEY_BYTES, Row, Survey, iterate
 from hqqplus.recovery.teacher import OnlineTeacher
+from hqqplus.untrusted import check_link, read_json
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 _FORMAT = 1
@@ -93,10 +93,11 @@ class TeacherCache:
         folder = Path(folder)
         advice = "delete the folder, and it will be made anew"
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(folder / MANIFEST)
             if manifest["format"] != _FORMAT:
                 raise UserError(f"{where}: {folder}: this cache has another format: {advice}")
             made_of, files = Identity(**manifest["identity"]), manifest["files"]
+            _check_counts(manifest)
             cache = cls(folder, manifest, where)
         except OSError:
             raise UserError(f"{where}: {folder}: there is no cache of a teacher (no {MANIFEST}): {advice}") from None
@@ -110,6 +111,7 @@ class TeacherCache:
             )
         for name in _FILES:
             path = folder / name
+            check_link(folder, path)
             if not path.is_file() or path.stat().st_size != files[name]["size"]:
                 raise UserError(f"{where}: {folder}: {name} is not as long as it was written: {advice}")
             if verify and _sha256(path) != files[name]["sha256"]:
@@ -124,6 +126,11 @@ class TeacherCache:
         """
         if self._mapped is None:
             self._mapped = _Mapped(self.folder, self.rows, self.positions, self.k)
+            if not self._mapped.is_sound():
+                raise UserError(
+                    f"{self.where}: {self.folder}: its files do not belong together: delete the folder, and it will "
+                    "be made anew"
+                )
         found = self._mapped.find(Row.of(example).key)
         if found is None:
             raise UserError(
@@ -169,6 +176,10 @@ class _Mapped:
         self.ids = np.memmap(folder / "ids.bin", dtype="<i4", mode="r", shape=(positions, k))
         self.log_probs = np.memmap(folder / "logprobs.bin", dtype="<f2", mode="r", shape=(positions, k))
 
+    def is_sound(self) -> bool:
+        """Whether rows end where others begin, and the last of them with the file."""
+        return bool((np.diff(self._ends, prepend=0) >= 0).all()) and int(self._ends[-1]) == len(self.ids)
+
     def find(self, key: bytes) -> slice | None:
         """The positions of the row of that key; None if there is no such row."""
         first, second = np.frombuffer(key, dtype=">u8").astype(np.uint64)
@@ -179,6 +190,22 @@ class _Mapped:
                 return slice(int(self._ends[row - 1]) if row else 0, int(self._ends[row]))
             place += 1
         return None
+
+
+def _check_counts(manifest: Mapping[str, Any]) -> None:
+    """Check that the counts of a manifest are some, and that the sizes of its files follow from them.
+
+    Raises:
+        ValueError, TypeError, KeyError: if not.
+    """
+    counts = [manifest[name] for name in ("k", "vocabulary", "rows", "positions")]
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise ValueError("counts must be integers above 0")
+    k, _, rows, positions = counts
+    sizes = (KEY_BYTES * rows, 8 * rows, 4 * k * positions, 2 * k * positions)
+    for name, size in zip(_FILES, sizes, strict=True):
+        if manifest["files"][name]["size"] != size or not isinstance(manifest["files"][name]["sha256"], str):
+            raise ValueError(f"the size of {name} does not follow from the counts")
 
 
 def _sha256(path: Path) -> str:
@@ -426,10 +453,14 @@ class _Writer:
                 )
             return nothing
         try:
-            noted = json.loads(path.read_text(encoding="utf-8"))
+            noted = read_json(path)
             made_of, settings = Identity(**noted["identity"]), noted["settings"]
-            whole = noted["format"] == _FORMAT and nothing.keys() <= noted.keys()
-        except (ValueError, TypeError, KeyError):
+            counts = [*(noted[name] for name in ("seen", "tokens", "positions")), *noted["sizes"].values()]
+            whole = noted["format"] == _FORMAT and isinstance(settings, dict)
+            whole = whole and all(isinstance(count, int) and count >= 0 for count in counts)
+            # Nothing is noted but what these files hold.
+            whole = whole and noted["sizes"].keys() <= {*_FILES}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             whole = False
         if not whole:
             raise UserError(f"{where}: {self._folder}: {PROGRESS} is damaged: {advice}")

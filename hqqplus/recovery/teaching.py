@@ -50,6 +50,9 @@ def settle_teacher(recipe: Recipe, parent: Parent | None, device: torch.device, 
     else:
         size, free = _bytes_in_16_bits(parent, recipe), torch.cuda.mem_get_info(device)[0]
         kind = pick_teacher(size, free, student_bytes=int(size * _STUDENT_SHARE))
+        if kind == "cache" and recipe.data.streaming:
+            # A stream has no set of rows whose targets could be kept: the least memory must do.
+            kind = "8bit"
         say(f"recovery.teacher: {kind}")
     if kind == "cache" and section.hidden_weight:
         say("recovery.hidden_weight: left out, because a teacher's cache holds no hidden states")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 
 from hqqplus.adapters.ranks import attention_layers, rank_pattern, role_ranks
@@ -96,7 +97,7 @@ def train_scales(model: Any, recipe: Recipe) -> Extras | None:
     add_trainable_scales(model, None if offsets == "auto" else bool(offsets))
 
     def save(folder: Path) -> None:
-        save_extras(model, folder)
+        save_extras(model, folder, writes=PartialState().is_main_process)
 
     def load(folder: Path) -> None:
         load_extras(model, folder)

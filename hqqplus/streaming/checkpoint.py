@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from hqqplus import models
 from hqqplus.errors import UserError
 from hqqplus.shards import StoredTensor
+from hqqplus.untrusted import INDEX, SINGLE, indexed_files, weight_files
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a checkpoint has beside its weights.
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -37,7 +36,7 @@ def fetch(name: str, revision: str | None, trust_remote_code: bool, where: str) 
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=small))
     commit = folder.name if folder.parent.name == "snapshots" else None
     # The index says which files are the model's: a repository may hold the weights in other formats besides.
-    wanted = _indexed(folder) or [SINGLE]
+    wanted = indexed_files(folder) or [SINGLE]
     folder = Path(snapshot_download(name, revision=commit or revision, allow_patterns=[*small, *wanted]))
     return folder, _weight_files(folder), commit
 
@@ -47,26 +46,9 @@ def _weight_files(folder: Path) -> list[str]:
 
     if (folder / "adapter_config.json").is_file():
         raise NotStreamable("comes with an adapter")
-    names = [SINGLE] if (folder / SINGLE).is_file() else _indexed(folder)
+    names = weight_files(folder)
     if not names:
         raise UserError(f"there is neither {SINGLE} nor {INDEX}")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"there is no {missing[0]}, which {INDEX} names")
-    return names
-
-
-def _indexed(folder: Path) -> list[str]:
-    """The files that the index names; empty without one."""
-    if not (folder / INDEX).is_file():
-        return []
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{INDEX}: there is no weight_map in it")
-    names = sorted({str(name) for name in weight_map.values()})
-    # Files of the same names are written.
-    if bad := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise UserError(f"{INDEX}: {bad[0]!r} is not the name of a safetensors file beside it")
     return names
 
 

@@ -26,6 +26,7 @@ from hqqplus.errors import UserError
 from hqqplus.files import check_space, locked_folder, move_folder, write_json
 from hqqplus.quantization.statistics import LayerStatistics
 from hqqplus.shards import Form, SafetensorsWriter
+from hqqplus.untrusted import read_json
 
 _FORMAT = 1
 # Between two notes of how far a file is. Each of them waits for the disk.
@@ -51,13 +52,23 @@ class _Progress:
     def read(cls, path: Path) -> _Progress | None:
         """None where there is no such file, or nothing that can be understood."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             if values.pop("format") != _FORMAT:
                 return None
             layers = {name: LayerStatistics.from_dict(entry) for name, entry in values.pop("layers").items()}
-            return cls(**values, layers=layers)
+            progress = cls(**values, layers=layers)
+            return progress if progress._is_sound() else None
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
+
+    def _is_sound(self) -> bool:
+        """Whether what was read is of the types that it should be."""
+        return (
+            all(isinstance(value, dict) for value in (self.settings, self.source, self.files))
+            and isinstance(self.current, str | None)
+            and isinstance(self.tensors, list)
+            and all(isinstance(name, str) for name in self.tensors)
+        )
 
 
 class FileInWork:
@@ -195,8 +206,9 @@ def partial_folder(output: Path, settings: dict[str, Any], source: dict[str, Any
     with locked_folder(path, "output"):
         progress = _continue(path, settings, source) or _Progress(settings, source, {}, None, [], {})
         partial = PartialFolder(path, output, progress)
-        partial.model.mkdir(exist_ok=True)
+        # First: a folder without it is nobody's.
         partial.save()
+        partial.model.mkdir(exist_ok=True)
         try:
             yield partial
         finally:

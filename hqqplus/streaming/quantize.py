@@ -27,6 +27,7 @@ from hqqplus.modules import PackedEmbedding, observe_packing, packed_modules
 from hqqplus.modules.replace import check_solutions, solutions_in_use
 from hqqplus.progress import WorkProgress
 from hqqplus.quantization import PackedTensor
+from hqqplus.quantization.solver import SOLVER_VERSION
 from hqqplus.quantization.statistics import LayerStatistics, layer_statistics
 from hqqplus.quantization.tensor import state_shapes
 from hqqplus.shards import Form, SafetensorsWriter, StoredTensor, byte_size, read_header
@@ -182,7 +183,7 @@ class _Job:
         return f"{self.base}, {self.quantization.nbits}-bit g{group}"
 
     def fingerprint(self, model: Any, revision: str | None, sha256: str | None = None) -> Fingerprint:
-        found = models.fingerprint_of(model, self.base, revision, self.versions, sha256)
+        found = models.fingerprint_of(model, self.base, revision, self.versions, sha256, self.tokenizer)
         return replace(found, calibration=self.calibration)
 
     def write_companions(self, folder: Path, fingerprint: Fingerprint, layers: Layers) -> None:
@@ -242,6 +243,7 @@ def _stream(job: _Job, revision: str | None, trust_remote_code: bool) -> tuple[L
         "dtype": str(job.cast_to or "checkpoint"),
         "device": job.device.type,
         "hqqplus": job.versions.get("hqqplus"),
+        "solver": SOLVER_VERSION,
     }
     if (solutions := solutions_in_use()) is not None:
         settings["solutions"] = solutions.digest

@@ -167,6 +167,7 @@ def test_a_table_without_errors_and_of_a_group() -> None:
 
 @needs_harness
 @pytest.mark.slow
+@pytest.mark.long
 def test_names_among_those_of_the_harness(adapted: tuple[Any, Any], folder: Path) -> None:
     with pytest.raises(UserError, match=r"no task, group or tag 'hellaswagg'; near matches: .*\bhellaswag\b"):
         run_tasks(*adapted, ["hellaswagg"])

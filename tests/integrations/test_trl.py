@@ -23,6 +23,7 @@ from hqqplus.data import RowForm
 from hqqplus.errors import UserError
 from hqqplus.evaluation.perplexity import PerplexityResult
 from hqqplus.integrations.trl import Extras, RecoveryTrainer, prepare_rows, sft_config
+from hqqplus.recovery.checkpoints import publish
 from hqqplus.recovery.distillation import Distillation, LossWeights, distillation_loss
 from hqqplus.recovery.identity import Identity
 from hqqplus.recovery.setup import unwritten_bos, without_eos
@@ -52,6 +53,11 @@ def trainer(
     if settings.pop("train_norm", False):
         model.get_base_model().model.norm.weight.requires_grad_(True)
     saved: list[tuple[int, int]] = []
+
+    def on_checkpoint(written: Path, step: int, seconds: float, tokens: int) -> None:
+        publish(written, output / f"checkpoint-{step}")
+        saved.append((step, tokens))
+
     made = RecoveryTrainer(
         model=model,
         args=arguments(output, **settings),
@@ -59,7 +65,7 @@ def trainer(
         eval_dataset=Dataset.from_dict({"input_ids": [[1, 2, 3]]}) if "eval_steps" in settings else None,
         processing_class=models.load_tokenizer(str(folder)),
         evaluator=lambda model, index, count, reduce: PerplexityResult(7.0, 1.9459, 12),
-        on_checkpoint=lambda step, seconds, tokens: saved.append((step, tokens)),
+        on_checkpoint=on_checkpoint,
         **options or {},
     )
     return made, saved
@@ -277,6 +283,7 @@ def test_distillation_brings_the_student_nearer_to_its_parent(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_real_model_comes_nearer_to_its_parent_than_with_cross_entropy_alone(
     shared: Path, tinystories: Path, tmp_path: Path
 ) -> None:

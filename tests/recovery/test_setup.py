@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,8 @@ def test_the_other_sections_reach_the_trainer(
 
 @pytest.mark.parametrize(
     ("report_to", "expected"),
-    [("wandb", ["wandb"]), (["wandb", "tensorboard"], ["wandb", "tensorboard"]), ("none", ["none"])],
+    # wandb and TensorBoard get callbacks of our own.
+    [("wandb", ["none"]), ("mlflow", ["mlflow"]), (["wandb", "mlflow", "swanlab"], ["mlflow", "swanlab"])],
 )
 def test_trackers_become_a_list(make: Callable[..., Recipe], said: list[str], report_to: Any, expected: Any) -> None:
     assert settings(make(tracking={"report_to": report_to}), CPU, said)["report_to"] == expected
@@ -279,28 +279,6 @@ def test_bad_data_names_the_option(
         setup.load_data(make(**sections), tokenizer, said.append)
 
 
-# Tracking ------------------------------------------------------------------------------------------------------------
-
-
-def test_tracking_is_handed_to_wandb_by_its_own_variables(
-    make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WANDB_PROJECT", "WANDB_MODE"):
-        monkeypatch.setenv(name, "")  # so that it is put back afterwards
-        monkeypatch.delenv(name)
-    setup.set_up_tracking(make())
-    assert not {"WANDB_PROJECT", "WANDB_MODE"} & set(os.environ)
-    setup.set_up_tracking(make(tracking={"project": "p", "mode": "offline"}))
-    assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_MODE"]) == ("p", "offline")
-
-
-def test_the_users_environment_wins(make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    setup.set_up_tracking(make(tracking={"project": "ours", "mode": "online"}))
-    assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_MODE"]) == ("theirs", "disabled")
-
-
 def test_windows_as_the_data_set_that_the_trainer_asks_for() -> None:
     rows = setup.as_dataset(Windows((torch.tensor([1, 2, 3]), torch.tensor([4, 5]))))
     assert list(rows["input_ids"]) == [[1, 2, 3], [4, 5]]
@@ -328,3 +306,41 @@ def test_rows_are_prepared_once_and_packed_where_documents_stay_apart(
     plain = rows(False)
     assert len(plain.of(model)) == len(train) > len(found)
     assert not plain.arguments.packing
+
+
+@pytest.mark.parametrize(
+    ("settled", "section"),
+    [(True, {}), (False, {"truncation_mode": "keep_end"}), (False, {"packing_strategy": "bfd_split"})],
+)
+def test_masked_rows_are_refused_before_there_is_a_model(
+    make: Callable[..., Recipe],
+    random_model: Callable[..., Path],
+    said: list[str],
+    tmp_path: Path,
+    settled: bool,
+    section: dict[str, Any],
+) -> None:
+    name = str(random_model("llama"))
+    model, tokenizer = models.load_causal_lm(name, dtype="float32", device="cpu"), models.load_tokenizer(name)
+    pairs = [{"text": "p" * 4, "other": "c"}, {"text": "p" * 40, "other": "c"}, {"text": "ppp", "other": "c"}]
+    path = write(tmp_path / "pairs.jsonl", pairs)
+    columns = {"prompt": "text", "completion": "other", "eval_path_or_name": path}
+    recipe = make(data={"path_or_name": path, "max_length": 16, **columns}, training=section)
+    train = setup.load_data(recipe, tokenizer, said.append).train
+
+    def rows(masked: Any) -> setup.TrainingRows:
+        said.clear()
+        return setup.TrainingRows(train, tokenizer, settings(recipe, CPU, said), "auto", said.append, masked)
+
+    if not settled:
+        # What is cut off depends on whether it is packed, and that on the model.
+        rows("refuse").check()
+        return
+    with pytest.raises(UserError, match="1 of 3 training rows have no supervised token"):
+        rows("refuse").check()
+    checked, unchecked = rows("drop"), rows("drop")
+    checked.check()
+    line = "data.masked_rows: 1 of 3 training rows have no supervised token: left out"
+    assert said[-1] == line
+    assert checked.of(model).to_list() == unchecked.of(model).to_list()
+    assert said.count(line) == 2, "said once by each"

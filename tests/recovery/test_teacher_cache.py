@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hqqplus import files, models
+from hqqplus.digests import SAMPLE_BYTES, checkpoint_digest
 from hqqplus.errors import UserError
 from hqqplus.progress import WorkProgress
-from hqqplus.recovery import identity as identities
 from hqqplus.recovery import teacher_cache
 from hqqplus.recovery.distillation import supervised
-from hqqplus.recovery.identity import Identity, checkpoint_digest
+from hqqplus.recovery.identity import Identity
 from hqqplus.recovery.rows import Row, Survey, iterate
 from hqqplus.recovery.teacher import OnlineTeacher
 from hqqplus.recovery.teacher_cache import TeacherCache, build_cache
@@ -377,6 +377,6 @@ def test_a_fine_tuned_copy_of_the_parent_is_another_parent(folder: Path, tmp_pat
     tensors[name].view(-1)[-1] += 1e-3
     save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
     assert checkpoint_digest(tmp_path / "copy") != before
-    assert identities._SAMPLE_BYTES >= 4096
+    assert SAMPLE_BYTES >= 4096
     with pytest.raises(UserError, match="no such folder"):
         Identity.of(plain_rows(), models.load_tokenizer(str(folder)), "./nothing", precision="float32")

@@ -310,7 +310,7 @@ def test_what_does_not_fit_the_asked_dtype_is_named(random_model: Callable[..., 
     ("index", "says"),
     [
         ("cut o", "a JSON file of it is truncated or damaged"),
-        ("[]", "there is no weight_map in it"),
+        ("[]", "model.safetensors.index.json holds no JSON object"),
         ('{"weight_map": {}}', "there is no weight_map in it"),
         ('{"weight_map": {"a": "../other/model.safetensors"}}', "is not the name of a safetensors file beside it"),
         ('{"weight_map": {"a": "weights.bin"}}', "is not the name of a safetensors file beside it"),
@@ -331,9 +331,7 @@ def test_weights_in_pickles_are_refused(random_model: Callable[..., Path], tmp_p
     shutil.copytree(random_model("llama"), parent)
     torch.save(load_file(parent / "model.safetensors"), parent / "pytorch_model.bin")
     (parent / "model.safetensors").unlink()
-    with pytest.raises(
-        UserError, match=rf"^model: {parent}: there is neither model.safetensors nor model.safetensors"
-    ):
+    with pytest.raises(UserError, match=rf"^model: {parent}: .*pytorch_model\.bin is a pickle, which may run code"):
         made(parent, tmp_path / "out")
 
 

@@ -366,6 +366,7 @@ def test_interpreted_a_product_is_exact_to_rounding(name: str, outcomes: dict[st
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @needs_triton
 def test_interpreted_any_products_are_exact_to_rounding(
     run_python: Callable[..., subprocess.CompletedProcess[str]],
