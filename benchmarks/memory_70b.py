@@ -17,8 +17,8 @@ a step is counted as if it existed at once. It prints the table that stands in t
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 from hqqplus.recipe import Recipe, load_recipe
 
@@ -29,8 +29,7 @@ RESERVE = 2.0
 _GB = 1e9
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """A Llama: width, width of the MLP, blocks, heads, key-value heads, vocabulary."""
 
     hidden: int
@@ -58,8 +57,7 @@ class Architecture:
 LLAMA3_70B = Architecture(8192, 28672, 80, 64, 8, 128256)
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """GB on one card."""
 
     packed: float
@@ -73,7 +71,7 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self)
 
 
 def estimate(recipe: Recipe, model: Architecture, cards: int) -> Estimate:
@@ -124,12 +122,10 @@ def packed_gb(recipe: Recipe, model: Architecture) -> float:
 
 def table(recipe: Recipe, model: Architecture) -> list[str]:
     """The estimates as lines of text: a head, then a line for each number of cards."""
-    names = [field.name for field in fields(Estimate)]
-    lines = ["cards  " + "  ".join(f"{name:>8}" for name in (*names, "sum"))]
+    lines = ["cards  " + "  ".join(f"{name:>8}" for name in (*Estimate._fields, "sum"))]
     for cards in CARDS:
         found = estimate(recipe, model, cards)
-        values = [*(getattr(found, name) for name in names), found.total]
-        lines.append(f"{cards:>5}  " + "  ".join(f"{value:8.2f}" for value in values))
+        lines.append(f"{cards:>5}  " + "  ".join(f"{value:8.2f}" for value in (*found, found.total)))
     return lines
 
 

@@ -97,14 +97,18 @@ def one_sentence(name: str, where: str) -> Iterator[None]:
     except (OSError, ImportError, LookupError, ValueError, TypeError, RuntimeError) as error:
         # "Unrecognized model", "... does not recognize this architecture", a refused remote-code model, tensors of
         # another shape, no memory left
-        first, *rest = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-        if first.endswith(":") and rest:
-            first = f"{first} {rest[0]}"
-        raise UserError(f"{where}: {name}: {first}") from error
-    except (AttributeError, AssertionError, ArithmeticError, MemoryError) as error:
-        # Libraries that took a file for what it said it was.
-        text = " ".join(str(error).split())
-        raise UserError(f"{where}: {name}: it cannot be read ({type(error).__name__}: {text})") from error
+        raise UserError(f"{where}: {name}: {_first_line(error)}") from error
+    except Exception as error:
+        # Whatever else libraries raise that took a file for what it said it was: tokenizers a bare Exception.
+        raise UserError(f"{where}: {name}: it cannot be read ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    first, *rest = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    if first.endswith(":") and rest:
+        first = f"{first} {rest[0]}"
+    return first if len(first) <= 1000 else f"{first[:997]}..."
 
 
 @contextmanager

@@ -74,6 +74,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, allow_mismatch: bool) -> 
     from hqqplus.recovery.backbone import base_folder, load_backbone, load_options, parent_of
     from hqqplus.recovery.calibrated import Text, calibration_folder
     from hqqplus.recovery.measure import Meter, Notebook
+    from hqqplus.recovery.rows import describe_rows
     from hqqplus.recovery.run_identity import changed_versions, check_identity, run_identity
     from hqqplus.recovery.stopping import Interrupted, how_to_go_on
     from hqqplus.recovery.summary import ADAPTER_FOLDER
@@ -128,7 +129,8 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, allow_mismatch: bool) -> 
         for sentence in changed_versions(resume.versions, versions, str(found.folder)):
             say(sentence)
     data = setup.load_data(recipe, tokenizer, say)
-    rows = setup.TrainingRows(data.train, tokenizer, settings, recipe.data.packing, say)
+    rows = setup.TrainingRows(data.train, tokenizer, settings, recipe.data.packing, say, recipe.data.masked_rows)
+    rows.check()
     windows = {
         name: make_windows(
             texts, tokenizer, recipe.data.max_length, recipe.evaluation.max_tokens, name, join=recipe.evaluation.join
@@ -225,6 +227,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, allow_mismatch: bool) -> 
         on_checkpoint=on_checkpoint,
         aside=checkpoints.ASIDE,
         stop_requested=lambda: stopper.requested,
+        describe_rows=lambda ids: describe_rows(rows.rows, ids, tokenizer),
         resumed_from=found.folder,
         prepared=True,
         distillation=distillation,

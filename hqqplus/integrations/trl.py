@@ -292,7 +292,8 @@ class RecoveryTrainer(SFTTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.accelerator.is_fsdp2:
             # The Trainer would gather the packed model too, and then save the adapter alone.
-            state = fsdp.trained_state(self.model, keep=self.args.should_save)
+            sharded: Any = self.model
+            state = fsdp.trained_state(sharded, keep=self.args.should_save)
             self._save(output_dir or self.args.output_dir, state)
         else:
             super().save_model(output_dir, _internal_call)

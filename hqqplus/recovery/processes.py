@@ -1,7 +1,7 @@
 """Several processes of one run: how they come up, and what they cannot do, refused before any work.
 
-DDP: every process holds the whole packed model. FSDP2: each holds a share of it, and brings a block together when it is
-computed. Which of them it is says the launcher's configuration (`recipes/accelerate/`).
+DDP: every process holds the whole packed model. FSDP2: each holds a share of it, and brings a block together when it
+is computed. Which of them it is says the launcher's configuration (`recipes/accelerate/`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from datetime import timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ SHARDABLE_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
 # The first torch whose FSDP2 takes parameters that are integers.
 FSDP2_TORCH = (2, 13)
 _CONFIGURATIONS = "recipes/accelerate"
+# While one process quantizes, calibrates or asks the teacher, the others wait for it; torch gives them ten minutes.
+_PATIENCE = timedelta(hours=24)
+# Seconds; that of transformers.
+_TIMEOUT = 1800
 
 
 def start(recipe: Recipe) -> PartialState:
@@ -39,7 +45,9 @@ def start(recipe: Recipe) -> PartialState:
     if _asks_for_deepspeed(recipe.training) and importlib.util.find_spec("deepspeed") is None:
         raise UserError("the launch asks for DeepSpeed, which is not installed: pip install deepspeed")
     cpu = bool(recipe.training.get("use_cpu", False)) or parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=cpu or not torch.accelerator.is_available())
+    # How long a process waits for the others, for one that quantizes for all. The group is made here, once.
+    timeout = timedelta(seconds=int(recipe.training.get("ddp_timeout", _TIMEOUT)))
+    return PartialState(cpu=cpu or not torch.accelerator.is_available(), timeout=timeout)
 
 
 def is_sharded(settings: Mapping[str, Any], state: PartialState) -> bool:
@@ -120,8 +128,8 @@ def _check_fsdp(settings: Mapping[str, Any]) -> None:
         )
     if options["state_dict_type"] != "full_state_dict":
         raise UserError(
-            "fsdp_state_dict_type: sharded checkpoints are read with pickle, which runs what a damaged or foreign file "
-            "says; set it to FULL_STATE_DICT: what is trained is small"
+            "fsdp_state_dict_type: sharded checkpoints are read with pickle, which runs what a foreign file says; set "
+            "it to FULL_STATE_DICT: what is trained is small"
         )
     if options["cpu_ram_efficient_loading"] == "true":
         raise UserError(
@@ -142,7 +150,8 @@ def _check_fsdp(settings: Mapping[str, Any]) -> None:
 def _check_deepspeed(settings: Mapping[str, Any]) -> None:
     if settings.get("deepspeed"):
         raise UserError(
-            f"training.deepspeed: give the configuration to accelerate instead ({_CONFIGURATIONS}/deepspeed_zero2.yaml)"
+            "training.deepspeed: give the configuration to accelerate instead, as "
+            f"{_CONFIGURATIONS}/deepspeed_zero2.yaml does"
         )
     if parse_flag_from_env("ACCELERATE_DEEPSPEED_ZERO3_INIT"):
         raise UserError(

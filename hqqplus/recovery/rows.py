@@ -100,7 +100,7 @@ def add_row_ids(rows: Any) -> Any:
 def describe_rows(
     rows: Any, ids: Sequence[int], tokenizer: Any, tokens: Mapping[int, Sequence[int]] | None = None
 ) -> str:
-    """Which prepared rows `ids` are, in a line each: their number among them, and how their text begins.
+    """Which prepared rows `ids` are, in one line: their number among them, and how their text begins.
 
     Args:
         rows: as they were handed to the trainer, with their `ROW_ID`; a data set or a stream.
@@ -119,4 +119,4 @@ def describe_rows(
         where = f"row {number} of the stream" if streamed else f"row {number} of {len(rows):,}"
         text = "" if found is None else f": {tokenizer.decode(list(found[:_SHOWN_TOKENS]))[:_SHOWN]!r}"
         lines.append(where + text)
-    return "\n".join(lines)
+    return "; ".join(lines)

@@ -83,10 +83,17 @@ class TrainingRows:
                 `Preparation` refuses.
         """
         if self.rows is None:
-            packing = settle_packing(self._packing, model, say=self._say)
-            self.arguments = self._arguments(packing)
-            self.rows = self._preparation(self.arguments).of(self._train)
+            self.settle(self.packing_with(model))
         return self.rows
+
+    def packing_with(self, model: Any) -> bool:
+        """Whether the rows are packed, `model` being the one that is asked; refused as `of` says."""
+        return settle_packing(self._packing, model, say=self._say)
+
+    def settle(self, packing: bool) -> None:
+        """Prepare the rows, packed or not. In every process at once: there are barriers in it."""
+        self.arguments = self._arguments(packing)
+        self.rows = self._preparation(self.arguments).of(self._train)
 
     def _arguments(self, packing: bool) -> Any:
         return sft_config({**self._settings, "packing": packing}, "recipe")

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from hqqplus.errors import UserError
 from hqqplus.models import one_sentence
 from hqqplus.recipe import Recipe
+from hqqplus.recovery.agreement import from_main
 from hqqplus.recovery.backbone import load_options
 from hqqplus.recovery.distillation import Distillation, LossWeights
 from hqqplus.recovery.identity import Identity
@@ -61,14 +62,19 @@ def settle_teacher(recipe: Recipe, parent: Parent | None, device: torch.device, 
 
 def write_cache(recipe: Recipe, parent: Parent, rows: TrainingRows, device: torch.device, say: Say) -> None:
     """Compute the teacher's targets for `rows` with the parent alone in memory, where they are not there yet."""
-    state = PartialState()
-    with state.main_process_first():
-        if state.is_main_process and not _folder(recipe).exists():
-            say(f"computing the teacher's targets, into {_folder(recipe)}")
-            teacher = _load(recipe, parent, "online", device)
-            found = rows.of(teacher.model)
-            identity = _identity(recipe, parent, rows)
-            build_cache(_folder(recipe), found, teacher, identity, k=recipe.recovery.top_k, where=_WHERE)
+    state, folder = PartialState(), _folder(recipe)
+    if from_main(state, folder.exists):
+        return
+    say(f"computing the teacher's targets, into {folder}")
+    # One parent, in the main process; the rows in all of them, which wait for one another in there.
+    teacher = _load(recipe, parent, "online", device) if state.is_main_process else None
+    rows.settle(from_main(state, lambda: rows.packing_with(teacher.model if teacher is not None else None)))
+
+    def build() -> None:
+        assert teacher is not None
+        build_cache(folder, rows.rows, teacher, _identity(recipe, parent, rows), k=recipe.recovery.top_k, where=_WHERE)
+
+    from_main(state, build)
 
 
 def distillation(

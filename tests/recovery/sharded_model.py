@@ -1,4 +1,4 @@
-"""Run by `torchrun` from `test_processes.py`: trains a packed model with FSDP2, and looks at what each process holds."""
+"""Run by `torchrun` from `test_processes.py`: trains a packed model with FSDP2, looks at what each process holds."""
 
 from __future__ import annotations
 

@@ -155,16 +155,6 @@ def test_two_processes_continue_as_if_nothing_had_happened(
     assert_equal(path.with_suffix(""), with_ddp["plain"], "adapter/adapter_model.safetensors")
 
 
-def test_a_checkpoint_of_two_processes_is_not_continued_by_one(
-    recipe: Callable[..., Path], with_ddp: dict[str, Path], run_python: Callable[..., Any]
-) -> None:
-    path = recipe("ddp_by_one", 2, PLAIN)
-    interrupted_after_two_steps(with_ddp["plain"], path.with_suffix(""))
-    refused = run_python("-m", "hqqplus.train", str(path), env=ENVIRONMENT, check=False)
-    assert refused.returncode == 2
-    assert "was written by 2 processes, and this run has 1: continue with 2" in refused.stderr
-
-
 def test_fsdp2_trains_what_one_process_does(one_process: dict[str, Path], with_fsdp: Path) -> None:
     assert_same_training(one_process["rich"], with_fsdp)
     baked, other = (

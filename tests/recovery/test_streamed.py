@@ -272,7 +272,7 @@ def test_row_ids_in_words(make: Callable[..., Recipe], prepared: Callable[..., E
     rows = prepared(make(data={"shuffle_buffer": 0}))
     row = next(islice(iter(rows), 41, None))
     said = describe_rows(rows, [row[ROW_ID], 7], tokenizer, {41: row["input_ids"]})
-    assert said == "row 41 of the stream: '<s>1 is the number that comes before 2</s>'\nrow 7 of the stream"
+    assert said == "row 41 of the stream: '<s>1 is the number that comes before 2</s>'; row 7 of the stream"
 
 
 # What goes wrong -----------------------------------------------------------------------------------------------------

@@ -232,6 +232,6 @@ def test_ids_change_nothing_that_digests_see(tokenizer: Any) -> None:
     assert Survey.of(numbered) == Survey.of(rows)
     assert list(add_row_ids(numbered.select([1]))[ROW_ID]) == [0]
     text = tokenizer.decode([73, 74])
-    assert describe_rows(numbered, [1, 5], tokenizer) == f"row 1 of 2: {text!r}\nrow 5 of 2"
+    assert describe_rows(numbered, [1, 5], tokenizer) == f"row 1 of 2: {text!r}; row 5 of 2"
     long = add_row_ids(Dataset.from_dict({"input_ids": [[70] * 500]}))
     assert describe_rows(long, [0], tokenizer) == f"row 0 of 1: {tokenizer.decode([70] * 80)!r}"
