@@ -11,10 +11,11 @@ DEMO_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test test-slow test-long lint format types env clean
 
+# ARGS="training.max_steps=8" lays further keys over the recipe.
 demo: .venv/installed
 	rm -rf runs/demo
 	$(DEMO_ENV) $(BIN)/python -m hqqplus.train recipes/embedded_2bit.yaml output_dir=runs/demo \
-		quantization.save_to=runs/demo/base
+		quantization.save_to=runs/demo/base $(ARGS)
 
 test: .venv/installed
 	$(PYTEST) -m "not slow and not gpu"

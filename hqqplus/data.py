@@ -6,15 +6,18 @@ import difflib
 import functools
 import glob
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hqqplus.embedded import DATA_NAME
 from hqqplus.errors import UserError
+from hqqplus.untrusted import arrow_fault
 
 # datasets counts every data set that is read, local files too, with a request to its makers. Read when it is imported.
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
@@ -34,6 +37,8 @@ _ALLOWED = (
 _OPTIONS = {"text": "text_field", "prompt": "prompt", "completion": "completion", "messages": "messages"}
 # Rows whose messages are looked at one by one, where the column's type alone does not prove their form.
 _CHECKED_ROWS = 100
+# Columns that an error names.
+_LISTED = 30
 
 
 def load_rows(
@@ -112,9 +117,11 @@ def _local(name: str, split: str, config_name: str | None, where: str) -> Datase
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"{where}: cannot read '{name}' as UTF-8 text: {error}") from error
         return _pick({"train": Dataset.from_dict({"text": [text] if text.strip() else []})}, split, name, where)
+    _refuse_fatal(path, name, where)
     try:
         # `datasets` takes data_files for glob patterns.
-        return load_dataset(_BUILDERS[suffix], data_files=glob.escape(str(path)), split=split)
+        with _without_log():
+            return _sound(load_dataset(_BUILDERS[suffix], data_files=glob.escape(str(path)), split=split))
     except Exception as error:
         # The readers name a byte or a row of a block, at best: find the line for the user.
         fault = _json_fault(path) if suffix in (".jsonl", ".json") else None
@@ -129,8 +136,11 @@ def _folder(path: Path, name: str, split: str, config_name: str | None, where: s
     found = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
     # A folder of text files reads as one document a file, like the single file; `datasets` would make rows of lines.
     options = {"sample_by": "document"} if found & set(_SUFFIXES) == {".txt"} else {}
+    for file in sorted(path.rglob("*.json*")):
+        _refuse_fatal(file, str(file), where)
     try:
-        return load_dataset(str(path), config_name, split=split, **options)
+        with _without_log():
+            return _sound(load_dataset(str(path), config_name, split=split, **options))
     except Exception as error:
         if not found & {*_SUFFIXES, ".arrow"}:
             raise UserError(f"{where}: the folder '{name}' holds no data file. {_ALLOWED}") from error
@@ -193,13 +203,14 @@ def _refuse_config(config_name: str | None, name: str, where: str) -> None:
 def _no_split(name: str, split: str, there: Iterable[str], where: str, cause: Exception | None = None) -> NoReturn:
     there = list(there)
     listed = ", ".join(f"'{key}'" for key in there) or "none"
-    raise UserError(f"{where}: '{name}' has no split '{split}'; it has {listed}{_hint(split, there)}") from cause
+    hint, split = _hint(split, there), _short(split)
+    raise UserError(f"{where}: '{name}' has no split '{split}'; it has {listed}{hint}") from cause
 
 
 def _bad_split(name: str, split: str, where: str, cause: Exception | None = None) -> NoReturn:
     raise UserError(
-        f"{where}: cannot read the split '{split}' of '{name}'; allowed: a name, a slice such as 'train[:1000]' or "
-        "'train[:5%]', and sums of those with '+'"
+        f"{where}: cannot read the split '{_short(split)}' of '{name}'; allowed: a name, a slice such as "
+        "'train[:1000]' or 'train[:5%]', and sums of those with '+'"
     ) from cause
 
 
@@ -216,6 +227,41 @@ def _pick(splits: Mapping[str, Dataset], split: str, name: str, where: str) -> D
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in wanted])
 
 
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Without what the readers log of an error that they raise."""
+    log = logging.getLogger("datasets.packaged_modules")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _sound(rows: Dataset) -> Dataset:
+    """`rows`, whose text is text in UTF-8: Arrow's readers take it for that (2 GB/s and more).
+
+    Raises:
+        pyarrow.ArrowInvalid: if it is not.
+    """
+    rows.data.validate(full=True)
+    return rows
+
+
+def _refuse_fatal(path: Path, name: str, where: str, most: int | None = None) -> None:
+    """Refuse what would end the process where `datasets` reads it; in a stream, in its first `most` bytes."""
+    if path.suffix.lower() not in (".jsonl", ".json") or not path.is_file():
+        return
+    fault = arrow_fault(path, most)
+    if fault is not None and fault.startswith("nested"):
+        # Of all the file: brackets that are never closed look like that too.
+        found = _json_fault(path)
+        fault = found if found is not None and "recursion" not in found else fault
+    if fault is not None:
+        raise UserError(f"{where}: '{name}', {fault}")
+
+
 def _json_fault(path: Path) -> str | None:
     """Where `path` is not JSON lines (or, for `.json`, one JSON list of objects), in words; None if it is."""
     try:
@@ -230,7 +276,7 @@ def _json_fault(path: Path) -> str | None:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = _loads(line)
         except json.JSONDecodeError as error:
             return f"line {number}: not valid JSON: {error.msg} (column {error.colno})"
         if not isinstance(value, dict):
@@ -240,14 +286,14 @@ def _json_fault(path: Path) -> str | None:
 
 def _starts_with_object_line(text: str) -> bool:
     try:
-        return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict)
+        return isinstance(_loads(text.lstrip().partition("\n")[0]), dict)
     except json.JSONDecodeError:
         return False
 
 
 def _json_document_fault(text: str) -> str | None:
     try:
-        value = json.loads(text)
+        value = _loads(text)
     except json.JSONDecodeError as error:
         return f"line {error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
     if not isinstance(value, list):
@@ -258,6 +304,15 @@ def _json_document_fault(text: str) -> str | None:
     return None
 
 
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise json.JSONDecodeError(str(error).partition(";")[0], text, 0) from None
+
+
 def _json_kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
@@ -266,6 +321,10 @@ def _json_kind(value: object) -> str:
 def _hint(wrong: str, there: Iterable[str]) -> str:
     near = difflib.get_close_matches(wrong, list(there), n=1)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)
@@ -309,7 +368,8 @@ class RowForm:
         """
         for name, column in self.columns.items():
             if column not in dataset.column_names:
-                listed = ", ".join(f"'{other}'" for other in dataset.column_names)
+                listed = ", ".join(f"'{_short(other)}'" for other in dataset.column_names[:_LISTED])
+                listed += f" and {more} more" if (more := len(dataset.column_names) - _LISTED) > 0 else ""
                 raise UserError(
                     f"{where}: {_OPTIONS[name]}: there is no column '{column}'; the columns are {listed}"
                     f"{_hint(column, dataset.column_names)}"

@@ -23,6 +23,7 @@ from hqqplus.data import (
     _looks_local,
     _no_split,
     _refuse_config,
+    _refuse_fatal,
     _translate,
     _with_beginning,
     _with_ending,
@@ -38,6 +39,8 @@ HEAD_ROWS, HEAD_CHARACTERS = 10_000, 20_000_000
 PLACE = "place"
 """The column of a streamed row that says which row of its source it is, from 0."""
 _CHECKED_ROWS = 100
+# Bytes of each file that are looked at for what ends the process: all of them would be days for some streams.
+_LOOKED_AT = 2**24
 
 
 class StreamFault(UserError):
@@ -74,6 +77,8 @@ def stream_rows(
         return _stream(path_or_name, split, where, name=path_or_name, config_name=config_name, hub=True)
     if not path.exists() or (path.is_file() and (path.suffix.lower() not in _SUFFIXES or path.stat().st_size == 0)):
         load_rows(path_or_name, split, config_name, where)  # refuses it in its own words
+    for file in local_files(path_or_name):
+        _refuse_fatal(file, str(file) if path.is_dir() else path_or_name, where, _LOOKED_AT)
     if path.is_dir():
         suffixes = {file.suffix.lower() for file in local_files(path_or_name)}
         if not suffixes:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hqqplus.untrusted import read_json
+
 KEY_BYTES = 16
 SAMPLE_BYTES = 4096
 """Of the beginning and of the end of each tensor of a checkpoint, what is read to tell it from another."""
@@ -50,7 +52,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / _INDEX)
         names = sorted(set(index["weight_map"].values()))
         named = [folder / name for name in names if Path(name).name == name]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -89,7 +91,7 @@ def _config(path: Path) -> bytes:
         values = json.loads(content)
         for name in _NOT_OF_THE_MODEL:
             values.pop(name, None)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return content
     return json.dumps(values, sort_keys=True).encode()
 

@@ -178,6 +178,21 @@ def sha256_of_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Folders that are held, as file descriptors.
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a process that was forked off: or a data loader's worker, which outlives its parent by seconds, would hold the
+    folder against the next start."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def locked_folder(path: str | Path, where: str) -> Iterator[None]:
     """Hold `path`, a folder, for this process alone; the system lets go of it when the process ends, however it ends.
@@ -193,6 +208,7 @@ def locked_folder(path: str | Path, where: str) -> Iterator[None]:
         yield
         return
     handle = os.open(path, os.O_RDONLY)
+    _held.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -203,4 +219,6 @@ def locked_folder(path: str | Path, where: str) -> Iterator[None]:
         remove_leftovers(path, recursive=True)
         yield
     finally:
-        os.close(handle)
+        if handle in _held:
+            _held.remove(handle)
+            os.close(handle)

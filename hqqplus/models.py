@@ -6,11 +6,9 @@ as a freshly initialised model with no more than a warning. `hqqplus.load` canno
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,13 +28,13 @@ from hqqplus.adapters.fingerprint import (
     settle,
 )
 from hqqplus.digests import checkpoint_digest, weight_files
-from hqqplus.embedded import MODEL_DIR, MODEL_NAME
 from hqqplus.errors import UserError
 from hqqplus.files import check_output, replacing_folder, write_text
 from hqqplus.kernels import int8
+from hqqplus.model_names import check_folder, is_local, one_sentence, resolve_name
 from hqqplus.modules import PackedLinear, packed_modules
 from hqqplus.quantization.solver import SOLVER_VERSION
-from hqqplus.untrusted import check_adapter_files, check_links, check_model_files, read_json
+from hqqplus.untrusted import check_adapter_files, check_links, read_json
 
 if TYPE_CHECKING:
     from hqqplus.integrations.transformers import HqqPlusConfig
@@ -46,69 +44,6 @@ _log = logging.getLogger(__name__)
 
 PACKED_FOLDERS = ("backbone", "base")
 """Where a run leaves packed models beside its adapter: with trained scales, and as quantized."""
-
-
-def resolve_name(name: str) -> str:
-    """`embedded:pydoc` -> its folder, `~` -> the home folder; every other name as it is."""
-    return str(MODEL_DIR) if name == MODEL_NAME else os.path.expanduser(name)
-
-
-def check_folder(name: str, where: str) -> None:
-    """Refuse what is meant as a local model folder but is none.
-
-    Raises:
-        UserError: if the path does not exist, lacks `config.json` or weights, or has files that cannot be what they
-            should be (`untrusted.check_model_files`).
-    """
-    path = Path(resolve_name(name))
-    if not is_local(name, where):
-        return
-    if not (path / "config.json").is_file():
-        raise UserError(f"{where}: {name}: this folder holds no model (no config.json)")
-    with one_sentence(name, where):
-        check_model_files(path)
-
-
-def is_local(name: str, where: str) -> bool:
-    """Whether `name` is a folder; False for what can only be a hub id."""
-    path = Path(resolve_name(name))
-    if path.is_dir():
-        return True
-    if path.exists():
-        raise UserError(f"{where}: {name}: expected a model folder or a hub id, this is a file")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{where}: {name}: no such folder")
-    return False
-
-
-@contextmanager
-def one_sentence(name: str, where: str) -> Iterator[None]:
-    """Turn what transformers raises for a bad checkpoint into a `UserError` of one sentence."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {name}: {error}") from None
-    except SafetensorError as error:
-        raise UserError(f"{where}: {name}: a weight file is truncated or damaged ({error})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: {name}: a JSON file of it is truncated or damaged ({error})") from None
-    except (OSError, ImportError, LookupError, ValueError, TypeError, RuntimeError) as error:
-        # "Unrecognized model", "... does not recognize this architecture", a refused remote-code model, tensors of
-        # another shape, no memory left
-        raise UserError(f"{where}: {name}: {_first_line(error)}") from error
-    except Exception as error:
-        # Whatever else libraries raise that took a file for what it said it was: tokenizers a bare Exception.
-        raise UserError(f"{where}: {name}: it cannot be read ({type(error).__name__}: {_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    first, *rest = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    if first.endswith(":") and rest:
-        first = f"{first} {rest[0]}"
-    return first if len(first) <= 1000 else f"{first[:997]}..."
 
 
 @contextmanager
@@ -175,6 +110,7 @@ def load_causal_lm(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: torch.device | str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     where: str = "model.name_or_path",
@@ -184,15 +120,18 @@ def load_causal_lm(
     With `quantization` a full-precision model is quantized while it loads, from the dtype of its checkpoint whatever
     `dtype` is, so that the codes do not depend on what is computed in afterwards; a packed one keeps its own.
 
-    `dtype` "checkpoint" leaves everything in the dtype of the checkpoint.
+    `dtype` "checkpoint" leaves everything in the dtype of the checkpoint. `device_map` is transformers' own, for a
+    model over several devices; in one process of several it is refused.
 
     Raises:
         UserError: naming `where` and `name`.
     """
     from transformers import AutoModelForCausalLM
 
-    from hqqplus.integrations.transformers import cast_unpacked  # also registers the quantizer
+    from hqqplus.integrations.transformers import cast_unpacked, refuse_spread  # also registers the quantizer
 
+    with one_sentence(name, where):
+        refuse_spread(device_map)
     check_folder(name, where)
     device = pick_device(device)
     torch_dtype = None if dtype == "checkpoint" else compute_dtype(dtype, device, where)
@@ -204,7 +143,9 @@ def load_causal_lm(
         arguments["attn_implementation"] = attn_implementation
     if quantization is not None:
         arguments["quantization_config"] = quantization
-    if device.type != "cpu":
+    if device_map is not None:
+        arguments["device_map"] = device_map
+    elif device.type != "cpu":
         arguments["device_map"] = {"": device}
     with one_sentence(name, where), _load_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -278,6 +219,7 @@ def load(
     trust_remote_code: bool = False,
     compute: str = "auto",
     allow_mismatch: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a model for use: a packed folder, a full-precision one, or either with an adapter on top.
 
@@ -291,6 +233,7 @@ def load(
         compute: "int8" rounds the activations of the layers of 1 bit to 8 bits a token wherever no gradient is asked
             for (`kernels/int8.py`), and says which packed layers it leaves alone; "auto" rounds none.
         allow_mismatch: put the adapter on a base that it was not trained on, with a warning that names both.
+        device_map: as in transformers, "auto" for one: the base over several devices, in a single process.
 
     Returns:
         A transformers model in evaluation mode, or a `PeftModel` around it.
@@ -301,7 +244,9 @@ def load(
     """
     if compute not in COMPUTE:
         raise UserError(f"compute is {compute!r}: it must be one of {', '.join(COMPUTE)}")
-    base, adapter, model = _load_base(name, adapter, revision, dtype, device, trust_remote_code, allow_mismatch)
+    base, adapter, model = _load_base(
+        name, adapter, revision, dtype, device, trust_remote_code, allow_mismatch, device_map
+    )
     if compute == "int8":
         use_int8(model, str(name))
     return model if adapter is None else put_adapter(model, adapter, base, allow_mismatch)
@@ -339,11 +284,9 @@ def load_with_tokenizer(
 
 
 def _check_folder(name: str | Path, adapter: str | Path | None, model: Any, tokenizer: Any, allow: bool) -> None:
-    """Check what `load` alone does not: the tokenizer, and packed tensors that no adapter has asked for."""
+    """Check what `load` alone does not: the tokenizer."""
     folder = resolve_name(str(name)) if adapter is None else adapter
     _warn(check_tokenizer(tokenizer, folder, allow))
-    if is_packed(str(folder)):
-        _warn(check_packed(model, folder, allow))
 
 
 def _warn(sentences: Iterable[str]) -> None:
@@ -351,7 +294,7 @@ def _warn(sentences: Iterable[str]) -> None:
         _log.warning("%s", sentence)
 
 
-def content_digest(name: str, revision: str | None = None) -> str | None:
+def content_digest(name: str, revision: str | None = None, where: str = "the parent") -> str | None:
     """`digests.checkpoint_digest` of model `name`, a folder or a hub id; None where its files are not on this machine.
 
     Raises:
@@ -370,7 +313,7 @@ def content_digest(name: str, revision: str | None = None) -> str | None:
         folder = Path(found).parent
     if not (folder / "config.json").is_file() or not weight_files(folder):
         return None
-    with one_sentence(name, "the parent"):
+    with one_sentence(name, where):
         return checkpoint_digest(folder)
 
 
@@ -401,6 +344,7 @@ def _load_base(
     device: torch.device | str | None,
     trust_remote_code: bool,
     allow_mismatch: bool,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> tuple[str, str | Path | None, Any]:
     """(base name, adapter folder, base model), with the base that the adapter's fingerprint asks for."""
     from hqqplus.integrations.transformers import HqqPlusConfig
@@ -439,9 +383,13 @@ def _load_base(
         revision=revision,
         dtype=dtype,
         device=device,
+        device_map=device_map,
         trust_remote_code=trust_remote_code,
         where="model",
     )
+    # An adapter knows the hash of its base. What is offloaded to the disk is not there to be hashed.
+    if adapter is None and is_packed(base) and not any(parameter.is_meta for parameter in model.parameters()):
+        _warn(check_packed(model, resolve_name(base), allow_mismatch))
     return base, adapter, model
 
 
@@ -508,9 +456,30 @@ def put_adapter(
     if check:
         _warn(_check_base(model, adapter, base, allow_mismatch))
     with one_sentence(str(adapter), "adapter"):
-        if Path(adapter).is_dir():
-            check_adapter_files(adapter)
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+        if not Path(adapter).is_dir():
+            return PeftModel.from_pretrained(model, str(adapter)).eval()
+        stored = check_adapter_files(adapter)
+        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+        _check_complete(adapted, stored)
+        return adapted
+
+
+def _check_complete(adapted: Any, stored: Iterable[str]) -> None:
+    """Refuse an adapter where PEFT would go on with random weights and a warning, or leave out what has no place.
+
+    Args:
+        stored: the names of the tensors in its file.
+    """
+    from peft import get_peft_model_state_dict
+
+    names = set(stored)
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if missing := sorted(wanted - names):
+        further = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
+        raise UserError(f"the adapter lacks {missing[0]}{further}")
+    if unknown := sorted(name for name in names - wanted if "lora_" in name):
+        further = f" and {len(unknown) - 1} more tensors" if unknown[1:] else ""
+        raise UserError(f"the adapter has {unknown[0]}{further}, which has no place in the model")
 
 
 def _check_base(model: Any, adapter: str | Path, base: str | None, allow: bool) -> list[str]:

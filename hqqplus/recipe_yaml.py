@@ -106,8 +106,8 @@ def _read_chain(path: str, chain: tuple[str, ...]) -> Document:
     if not isinstance(base, str) or not base:
         what = f"{_found(base)}; the path of another recipe, relative to this one, is needed"
         return _cannot_extend(document, what)
-    if (what := _no_path(base)) is not None:
-        return _cannot_extend(document, what)
+    if (refusal := _no_path(base)) is not None:
+        return _cannot_extend(document, refusal)
     base_path = os.path.normpath(os.path.join(os.path.dirname(path), base))
     chain = (*chain, path)
     if len(chain) >= MAX_EXTENDS:

@@ -13,6 +13,7 @@ import gc
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,11 @@ def run(recipe: Recipe, allow_mismatch: bool = False) -> Report:
     from hqqplus.recovery.stopping import Stopper
 
     state = processes.start(recipe)
-    with Stopper(state.num_processes).listening() as stopper:
-        return _run(recipe, state, stopper, allow_mismatch)
+    with Stopper(state.num_processes).listening() as stopper, ExitStack() as held:
+        return _run(recipe, state, stopper, held, allow_mismatch)
 
 
-def _run(recipe: Recipe, state: Any, stopper: Stopper, allow_mismatch: bool) -> Report:
+def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mismatch: bool) -> Report:
     from dataclasses import replace
 
     import torch
@@ -65,6 +66,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, allow_mismatch: bool) -> 
     from hqqplus.digests import text_digest
     from hqqplus.evaluation.perplexity import make_windows, perplexity, recovery
     from hqqplus.evaluation.report import Report, environment, print_report, write_report
+    from hqqplus.files import locked_folder
     from hqqplus.integrations.fsdp import streamed
     from hqqplus.integrations.peft import without_adapters
     from hqqplus.integrations.trl import RecoveryTrainer, sft_config
@@ -91,6 +93,14 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, allow_mismatch: bool) -> 
     if finished is not None:
         say(f"already finished: adapter in {output_dir / ADAPTER_FOLDER}, report in {output_dir / 'report.md'}")
         return finished
+
+    def hold() -> None:
+        """Two runs in one folder would take each other's checkpoints away."""
+        output_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked_folder(output_dir, "output_dir"))
+
+    if there := output_dir.is_dir():
+        from_main(state, hold)
     found = from_main(state, lambda: checkpoints.find_checkpoint(output_dir, recipe))
     resume = found.manifest
     tracking = Tracking(recipe, found.folder, say, state.is_main_process)
@@ -131,6 +141,9 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, allow_mismatch: bool) -> 
     data = setup.load_data(recipe, tokenizer, say)
     rows = setup.TrainingRows(data.train, tokenizer, settings, recipe.data.packing, say, recipe.data.masked_rows)
     rows.check()
+    if not there:
+        # Not before: what is refused leaves nothing behind.
+        from_main(state, hold)
     windows = {
         name: make_windows(
             texts, tokenizer, recipe.data.max_length, recipe.evaluation.max_tokens, name, join=recipe.evaluation.join

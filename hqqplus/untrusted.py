@@ -27,12 +27,18 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The largest JSON files in use are indices of mixtures of experts, of some 10 MB. Python makes ten times that of it.
 MAX_JSON_BYTES = 2**26
 _READ = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+# How deep rows of data may be nested, and up to which size a file of them is looked at as a whole.
+MAX_DEPTH, _SMALL_JSON_BYTES = 200, 2**20
 # What a model has at least of layers, however few tensors it shares among them.
 _FEW_LAYERS = 256
 # How many times the bytes on the disk a model may take in memory: 16-bit floats become 32-bit ones.
 _GROWTH, _SMALL_BYTES = 4, 2**26
 # Settings that are numbers of modules, each of which is made one by one.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_STRING, _BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL), re.compile(rb"[\[\]{}]")
+# null, NaN, -Infinity: as a row, or as an item of a list.
+_WORD, _WORD_ITEM = re.compile(rb"-?[A-Za-z]"), re.compile(rb"[\[,]\s*-?[A-Za-z]")
+_BLANK = b"\xef\xbb\xbf \t\r\n"
 _LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)")
 
 
@@ -61,6 +67,71 @@ def read_json(path: str | Path) -> Any:
         raise ValueError("it has half a character in it, of the kind of \\ud800") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def arrow_fault(path: str | Path, most: int | None = None) -> str | None:
+    """What JSON file `path`, lines or a list, has in it that ends the process when Arrow reads it, in words.
+
+    Nesting of some thousand levels runs off its stack, and a row that is `null` (as which `datasets` writes NaN and
+    infinity) makes it follow a null pointer: seen with pyarrow 26. Reads the whole file, a line at a time, at 0.5 GB/s
+    or more.
+
+    Args:
+        most: look at no more than about so many bytes of a file of lines.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        if file.read(64).lstrip(_BLANK)[:1] == b"[":
+            return _list_fault(path)
+        file.seek(0)
+        seen, lines = 0, None
+        for number, line in enumerate(file, start=1):
+            text = line.lstrip(_BLANK)
+            if lines is None and text:
+                lines = text[:1] == b"{" and text.rstrip()[-1:] == b"}"  # or one object over many lines
+                if _WORD.match(text):
+                    return f"line {number}: expected one JSON object {{...}} a line, got {_word(text)}"
+            if lines and _WORD.match(text):
+                return f"line {number}: expected one JSON object {{...}} a line, got {_word(text)}"
+            if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
+                return f"line {number}: nested deeper than {MAX_DEPTH} levels: this is no row of text"
+            seen += len(line)
+            if most is not None and seen >= most:
+                break
+        if os.path.getsize(path) <= _SMALL_JSON_BYTES:
+            file.seek(0)
+            if _depth(file.read()) > MAX_DEPTH:
+                return f"nested deeper than {MAX_DEPTH} levels: these are no rows of text"
+    return None
+
+
+def _list_fault(path: str | Path) -> str | None:
+    """The same for a file that is a list, which is read as a whole in any case."""
+    content = Path(path).read_bytes()
+    if _depth(content) > MAX_DEPTH:
+        return f"nested deeper than {MAX_DEPTH} levels: these are no rows of text"
+    if _WORD_ITEM.search(_STRING.sub(b'""', content)) is None:
+        return None
+    try:
+        items = json.loads(content.decode("utf-8-sig"))
+    except ValueError as error:
+        return f"not valid JSON: {error}"
+    number = next((number for number, item in enumerate(items, start=1) if not isinstance(item, dict | str)), None)
+    return None if number is None else f"item {number}: expected an object {{...}}"
+
+
+def _word(text: bytes) -> str:
+    return text.split()[0][:20].decode("utf-8", "replace")
+
+
+def _depth(text: bytes) -> int:
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(_STRING.sub(b"", text)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
@@ -156,6 +227,9 @@ def check_model_files(folder: str | Path) -> None:
     folder = Path(folder)
     check_links(folder)
     config = read_object(folder / "config.json")
+    for name, value in _settings(config):
+        if name.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise UserError(f"config.json: {name} is {_quoted(value)}: code of others, which no file may ask for")
     # In files of other names transformers keeps what training in many processes writes.
     names = weight_files(folder, config) or sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
@@ -202,8 +276,11 @@ def indexed_files(folder: Path, index: str = INDEX) -> list[str]:
     return sorted(set(names))
 
 
-def check_adapter_files(folder: str | Path) -> None:
+def check_adapter_files(folder: str | Path) -> list[str]:
     """Refuse the adapter in local folder `folder` where its files cannot be what they should be.
+
+    Returns:
+        The names of its tensors.
 
     Raises:
         UserError: naming the file in the folder and what is wrong with it.
@@ -213,7 +290,7 @@ def check_adapter_files(folder: str | Path) -> None:
     read_object(folder / "adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"this folder holds no weights (no adapter_model.safetensors{_pickled(folder)})")
-    _header(folder, "adapter_model.safetensors")
+    return list(_header(folder, "adapter_model.safetensors"))
 
 
 def check_memory(needed: int, files: Iterable[str | Path]) -> None:
@@ -239,7 +316,9 @@ def _header(folder: Path, name: str) -> Mapping[str, Any]:
     try:
         return read_header(folder / name)
     except SafetensorError as error:
-        raise UserError(f"a weight file is truncated or damaged ({name}: {error})") from None
+        said = " ".join(str(error).split())
+        said = said if len(said) <= 300 else f"{said[:297]}..."  # it shows values, however long
+        raise UserError(f"a weight file is truncated or damaged ({name}: {said})") from None
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error.strerror or error})") from None
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,3 +276,22 @@ def test_only_a_disk_that_failed_fails_a_sync(tmp_path: Path, monkeypatch: pytes
 def test_the_hash_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256_of_file(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_forked_process_holds_no_folder(tmp_path: Path) -> None:
+    with locked_folder(tmp_path, "test"):
+        ready, is_ready = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(is_ready, b"x")
+            signal.pause()
+            os._exit(0)
+        os.read(ready, 1)
+        with pytest.raises(UserError, match="another process"), locked_folder(tmp_path, "test"):
+            pass
+    try:
+        with locked_folder(tmp_path, "test"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

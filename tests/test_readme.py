@@ -41,8 +41,13 @@ def test_recipes_of_long_runs_are_valid(command: str) -> None:
     from hqqplus.recipe import load_recipe
 
     words = shlex.split(command)
-    assert words[:4] == ["accelerate", "launch", "-m", "hqqplus.train"]
-    load_recipe(ROOT / words[4], words[5:])
+    start = words.index("-m")
+    assert words[: start + 2][-2:] == ["-m", "hqqplus.train"]
+    options = dict(zip(words[2:start:2], words[3:start:2], strict=True))
+    assert options.keys() <= {"--config_file", "--num_processes"}
+    # What is in it, tests/test_accelerate_configurations.py looks at.
+    assert (ROOT / options.get("--config_file", "recipes/accelerate/ddp.yaml")).is_file()
+    load_recipe(ROOT / words[start + 2], words[start + 3 :])
 
 
 @pytest.fixture(scope="module")

@@ -312,6 +312,8 @@ def test_an_override_replaces_a_mapping(tmp_path: Path) -> None:
         ("adapter.r={a", "adapter.r: not valid YAML: expected ',' or '}', but got '<stream end>' while parsing a flow mapping"),
         ("adapter.r=\x00", r"adapter.r: not valid YAML: the character '\x00' is not allowed"),
         ("seed=!!int x", "seed: 'x' cannot be read as !!int"),
+        ("seed=4294967296", "seed: 4294967296 is out of range: at most 4294967295 is needed"),
+        ("a." * 32 + "a=1", "a." * 32 + "a: nested deeper than 32 levels"),
         ("training.max_steps", "'training.max_steps' is not of the form key=value (training.max_steps=10)"),
         ("=1", "'=1' is not of the form key=value (training.max_steps=10)"),
         ("training.=1", "'training.=1' is not of the form key=value (training.max_steps=10)"),
@@ -412,7 +414,7 @@ recipes = section(
         project=st.none() | words,
         mode=st.sampled_from(["online", "offline", "disabled", None]),
     ),
-    seed=st.integers(0),
+    seed=st.integers(0, 2**32 - 1),
 )
 
 

@@ -24,6 +24,8 @@ from hqqplus.digests import digest_of, template_digest, tokenizer_digest
 from hqqplus.errors import UserError
 from hqqplus.files import write_json
 from hqqplus.modules import packed_modules
+from hqqplus.recipe_yaml import shown
+from hqqplus.untrusted import read_json
 
 FILE_NAME = "hqqplus.json"
 PARENT, REVISION, CONTENTS = "parent", "revision", "the parent's contents"
@@ -100,7 +102,7 @@ class Fingerprint:
         if not path.is_file():
             return None
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not a fingerprint of hqqplus ({error})") from None
         # Files of earlier versions know neither baked nor metadata_bits: these are what they meant.
@@ -110,7 +112,8 @@ class Fingerprint:
         if wrong:
             raise UserError(f"{path}: not a fingerprint of hqqplus ({', '.join(wrong)}: missing or of another type)")
         if fields["format"] != _FORMAT:
-            raise UserError(f"{path}: its format is {fields['format']}, this hqqplus reads {_FORMAT}: update hqqplus")
+            found = shown(fields["format"])
+            raise UserError(f"{path}: its format is {found}, this hqqplus reads {_FORMAT}: update hqqplus")
         return cls(**{**fields, "quantization": {"metadata_bits": 16, **fields["quantization"]}})
 
     def with_tokenizer(self, tokenizer: Any) -> Fingerprint:

@@ -17,6 +17,7 @@ from typing import Any
 
 from hqqplus.errors import UserError
 from hqqplus.evaluation.report import markdown_table, number, visible
+from hqqplus.untrusted import read_json
 
 _REPORT, _FINGERPRINT = "report.json", "adapter/hqqplus.json"
 _HEADER = ["run", "model", "bits", "group", "bits per weight", "PPL parent", "quantized", "recovered", "sample"]
@@ -55,7 +56,7 @@ def read_run(folder: str | Path) -> Row:
     """
     folder = Path(folder)
     try:
-        report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
+        report = read_json(folder / _REPORT)
         return _row(folder, report)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: there is no {_REPORT}: no run of hqqplus has ended there") from None
@@ -72,7 +73,7 @@ def _row(folder: Path, report: Any) -> Row:
     recipe = report["recipe"]
     model, quantization = recipe["model"]["name_or_path"], recipe["quantization"]
     try:
-        fingerprint = json.loads((folder / _FINGERPRINT).read_text(encoding="utf-8"))
+        fingerprint = read_json(folder / _FINGERPRINT)
         model, quantization = fingerprint["base"], fingerprint["quantization"]
     except (OSError, ValueError, TypeError, LookupError):
         pass  # the report was moved away from its adapter

@@ -82,16 +82,20 @@ def streamed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
     A forward pass then takes as long as it takes to copy the model to the device once.
     """
-    held: dict[Tensor, Tensor] = {}
+    held: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def bring(module: nn.Module, *_: Any) -> None:
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            held[tensor] = tensor.data
-            tensor.data = tensor.data.to(device)
+        held[module] = dict(module._parameters), dict(module._buffers)
+        for name, parameter in held[module][0].items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
+        for name, buffer in held[module][1].items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
     def give_back(module: nn.Module, *_: Any) -> None:
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            tensor.data = held.pop(tensor)
+        parameters, buffers = held.pop(module)
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
 
     def bring_inputs(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         return send_to_device(inputs, device), send_to_device(named, device)
@@ -101,7 +105,7 @@ def streamed(model: nn.Module, device: torch.device) -> Iterator[None]:
         return
     hooks = [model.register_forward_pre_hook(bring_inputs, with_kwargs=True)]
     for module in model.modules():
-        if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+        if module._parameters or module._buffers:
             hooks += [
                 module.register_forward_pre_hook(bring),
                 module.register_forward_hook(give_back, always_call=True),
@@ -111,6 +115,8 @@ def streamed(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+        for module in list(held):
+            give_back(module)
 
 
 class Announce(TrainerCallback):

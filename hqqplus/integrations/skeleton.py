@@ -16,16 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqqplus.errors import NotStreamable
 from hqqplus.integrations.transformers import HqqPlusConfig, HqqPlusQuantizer, cast_unpacked, tied_modules
 from hqqplus.modules import packed_modules, replace
 from hqqplus.modules.packed import PackedState
 from hqqplus.quantization import PackedTensor
 from hqqplus.quantization.spec import QuantSpec, SolverOptions
 from hqqplus.shards import Form
-
-
-class NotStreamable(Exception):
-    """The checkpoint needs what only transformers' own loading does; the message says what, after "this model"."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Importing this module registers both with transformers and the LoRA layer with P
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,10 @@ from hqqplus.quantization.tensor import state_names
 from hqqplus.untrusted import check_memory
 
 QUANT_METHOD = "hqqplus"
+DEVICE_MAP_REFUSED = (
+    "a device_map spreads one model over all cards, and with several processes each card belongs to one of them: "
+    "leave it out; a model that is too large for one card is shared out by FSDP2 (recipes/accelerate/fsdp2.yaml)"
+)
 
 
 class HqqPlusConfig(QuantizationConfigMixin):
@@ -120,6 +125,7 @@ class HqqPlusQuantizer(HfQuantizer):
         self.compute_dtype = torch.get_default_dtype()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        refuse_spread(device_map)
         if isinstance(device_map, dict) and not self.pre_quantized and "disk" in device_map.values():
             raise ValueError(
                 "a model cannot be quantized onto the disk: quantize without an offload, save it, and load the result"
@@ -210,6 +216,19 @@ class HqqPlusQuantizer(HfQuantizer):
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.hqq_quantized = False
         return model
+
+
+def refuse_spread(device_map: Any) -> None:
+    """Refuse a device map (also one that a model was loaded with) that takes more than one device, in one process of
+    several.
+
+    Raises:
+        UserError: with the reason.
+    """
+    places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    spread = len(places) > 1 or places & {"auto", "balanced", "balanced_low_0", "sequential"}
+    if spread and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(DEVICE_MAP_REFUSED)
 
 
 def plan_of(model: Any, plan: QuantPlan) -> dict[str, QuantSpec]:

@@ -28,6 +28,7 @@ from hqqplus.integrations import fsdp
 from hqqplus.integrations.distilling import Distillation, DistilledOutput, Request, add_distillation
 from hqqplus.integrations.paging import page_again
 from hqqplus.integrations.safekeeping import ROW_ID, ROW_IDS, Clock, LogState, Watch, with_row_ids
+from hqqplus.integrations.transformers import refuse_spread
 
 # (model, process index, number of processes, sum over processes) -> result
 Evaluator = Callable[[Any, int, int, Callable[[torch.Tensor], torch.Tensor] | None], PerplexityResult]
@@ -93,6 +94,7 @@ class RecoveryTrainer(SFTTrainer):
     ) -> None:
         if prepared:
             args = _for_prepared_rows(args)
+        refuse_spread(getattr(kwargs.get("model"), "hf_device_map", None))
         super().__init__(args=args, **kwargs)
         self.evaluator, self.distillation = evaluator, distillation
         self._param_groups, self._extras = param_groups, extras
@@ -306,12 +308,12 @@ class RecoveryTrainer(SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._extras is not None:
             self._extras.load(Path(resume_from_checkpoint))
-        self.log_state.load(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             page_again(self.optimizer)
+            self.log_state.load(Path(checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

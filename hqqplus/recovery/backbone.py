@@ -39,6 +39,7 @@ from hqqplus.recipe import Recipe
 from hqqplus.recovery.calibrated import Text, calibrate_parent, calibration_folder, described, gain_of, samples_of
 from hqqplus.recovery.processes import is_sharded
 from hqqplus.streaming import quantize_checkpoint
+from hqqplus.streaming.partial import remove_rest
 
 Judge = Callable[[str, Sequence[str], str], None]
 """What `settle` does with a head, differences and a way out: it refuses, or says what is allowed."""
@@ -192,7 +193,9 @@ def _save(
     state = PartialState()
     # One process quantizes and writes; all of them read what it wrote.
     with state.main_process_first():
-        if state.is_main_process and not Path(saved).exists():
+        if state.is_main_process and Path(saved).exists():
+            remove_rest(Path(saved))
+        elif state.is_main_process:
             with packed_already(solve()) if solve is not None else nullcontext():
                 quantize_checkpoint(
                     name,

@@ -10,7 +10,6 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from datetime import timedelta
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 
 from hqqplus.errors import UserError
 from hqqplus.integrations import fsdp
+from hqqplus.integrations.transformers import DEVICE_MAP_REFUSED
 from hqqplus.recipe import Recipe
 
 # What FSDP2 can share out: optimizers of torch's own, which compute with shards as they are.
@@ -29,8 +29,6 @@ FSDP2_TORCH = (2, 13)
 _CONFIGURATIONS = "recipes/accelerate"
 # While one process quantizes, calibrates or asks the teacher, the others wait for it; torch gives them ten minutes.
 _PATIENCE = timedelta(hours=24)
-# Seconds; that of transformers.
-_TIMEOUT = 1800
 
 
 def start(recipe: Recipe) -> PartialState:
@@ -45,8 +43,9 @@ def start(recipe: Recipe) -> PartialState:
     if _asks_for_deepspeed(recipe.training) and importlib.util.find_spec("deepspeed") is None:
         raise UserError("the launch asks for DeepSpeed, which is not installed: pip install deepspeed")
     cpu = bool(recipe.training.get("use_cpu", False)) or parse_flag_from_env("ACCELERATE_USE_CPU")
-    # How long a process waits for the others, for one that quantizes for all. The group is made here, once.
-    timeout = timedelta(seconds=int(recipe.training.get("ddp_timeout", _TIMEOUT)))
+    # The group is made here, once: what the trainer's arguments say of it would come too late.
+    given = recipe.training.get("ddp_timeout")
+    timeout = _PATIENCE if given is None else timedelta(seconds=int(given))
     return PartialState(cpu=cpu or not torch.accelerator.is_available(), timeout=timeout)
 
 
@@ -72,7 +71,8 @@ def check_processes(settings: Mapping[str, Any], state: PartialState, checkpoint
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise UserError(f"the launcher started {launched} processes, but only {state.num_processes} are connected")
-    if "device_map" in (settings.get("model_init_kwargs") or {}):
+    device_map = (settings.get("model_init_kwargs") or {}).get("device_map")
+    if device_map is not None and state.num_processes > 1:
         raise UserError(f"training.model_init_kwargs: {DEVICE_MAP_REFUSED}")
     sharded = is_sharded(settings, state)
     if sharded:
@@ -81,12 +81,6 @@ def check_processes(settings: Mapping[str, Any], state: PartialState, checkpoint
         _check_deepspeed(settings)
     if checkpoint is not None:
         _check_checkpoint(checkpoint, state.num_processes, sharded)
-
-
-DEVICE_MAP_REFUSED = (
-    "a device_map spreads one model over all cards, and with several processes each card belongs to one of them: "
-    f"leave it out; a model that is too large for one card is shared out by FSDP2 ({_CONFIGURATIONS}/fsdp2.yaml)"
-)
 
 
 def default_optimizer(settings: Mapping[str, Any], state: PartialState) -> str | None:

@@ -107,7 +107,7 @@ def _noted(recipe: Recipe) -> Fingerprint | None:
 
 def _parent(recipe: Recipe) -> dict[str, str]:
     name, revision = recipe.model.name_or_path, recipe.model.revision
-    known = {PARENT: name, REVISION: revision, CONTENTS: models.content_digest(name, revision)}
+    known = {PARENT: name, REVISION: revision, CONTENTS: models.content_digest(name, revision, "model.name_or_path")}
     return {key: value for key, value in known.items() if value is not None}
 
 

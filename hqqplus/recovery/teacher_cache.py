@@ -243,7 +243,7 @@ def build_cache(
         UserError: if the folder holds something else, the disk is full, or no token counts for the loss.
     """
     folder = Path(folder)
-    if folder.exists():
+    if is_made(folder):
         return TeacherCache.open(folder, identity, where=where)
     check_output(folder, where)
     head = teacher.head
@@ -276,8 +276,18 @@ def build_cache(
     return TeacherCache.open(folder, identity, verify=False, where=where)
 
 
+def is_made(folder: Path) -> bool:
+    """Whether `folder` is there. What a process that was killed in its last step left in it is removed."""
+    if not folder.exists():
+        return False
+    (folder / PROGRESS).unlink(missing_ok=True)
+    return True
+
+
 def _blocks(rows: Any, seen: int, known: set[bytes], tokens: int) -> Iterator[tuple[int, list[Row]]]:
     """(rows of the data set looked at up to the end of the block, its new rows), from row `seen` on."""
+    if seen >= len(rows):
+        return  # All was done when it was killed, and `datasets` selects no empty range.
     block: list[Row] = []
     size, new, number = 0, set[bytes](), seen
     for number, row in enumerate(iterate(rows.select(range(seen, len(rows)))), start=seen + 1):

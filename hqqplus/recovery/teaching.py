@@ -16,7 +16,7 @@ from hqqplus.recovery.distillation import Distillation, LossWeights
 from hqqplus.recovery.identity import Identity
 from hqqplus.recovery.setup import Say, TrainingRows
 from hqqplus.recovery.teacher import OnlineTeacher, TeacherKind, pick_teacher
-from hqqplus.recovery.teacher_cache import TeacherCache, build_cache
+from hqqplus.recovery.teacher_cache import TeacherCache, build_cache, is_made
 from hqqplus.shards import read_header
 from hqqplus.streaming.checkpoint import fetch
 
@@ -63,7 +63,7 @@ def settle_teacher(recipe: Recipe, parent: Parent | None, device: torch.device, 
 def write_cache(recipe: Recipe, parent: Parent, rows: TrainingRows, device: torch.device, say: Say) -> None:
     """Compute the teacher's targets for `rows` with the parent alone in memory, where they are not there yet."""
     state, folder = PartialState(), _folder(recipe)
-    if from_main(state, folder.exists):
+    if from_main(state, lambda: is_made(folder)):
         return
     say(f"computing the teacher's targets, into {folder}")
     # One parent, in the main process; the rows in all of them, which wait for one another in there.

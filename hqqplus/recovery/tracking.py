@@ -5,7 +5,6 @@ Nothing is reported that the recipe does not ask for, and nothing to anybody els
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import string
@@ -17,6 +16,7 @@ from hqqplus.files import write_json
 from hqqplus.integrations.tracking import JsonlLog, TensorBoard, require
 from hqqplus.integrations.wandb import Say, WandbRun, first_line
 from hqqplus.recipe import Recipe, recipe_digest, to_dict
+from hqqplus.untrusted import read_json
 
 LOG = "log.jsonl"
 IDS = "tracking.json"
@@ -122,7 +122,7 @@ def _write_id(folder: Path, identity: str, digest: str | None = None) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        found = read_json(folder / IDS)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

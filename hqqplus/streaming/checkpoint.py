@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hqqplus import models
-from hqqplus.errors import UserError
+from hqqplus.errors import NotStreamable, UserError
 from hqqplus.shards import StoredTensor
 from hqqplus.untrusted import INDEX, SINGLE, indexed_files, weight_files
 
@@ -42,7 +42,6 @@ def fetch(name: str, revision: str | None, trust_remote_code: bool, where: str) 
 
 
 def _weight_files(folder: Path) -> list[str]:
-    from hqqplus.integrations.skeleton import NotStreamable
 
     if (folder / "adapter_config.json").is_file():
         raise NotStreamable("comes with an adapter")

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,16 @@ def partial_folder(output: Path, settings: dict[str, Any], source: dict[str, Any
         finally:
             if not partial.begun:
                 partial.discard()
+
+
+def remove_rest(output: Path) -> None:
+    """Remove what is left of OUTPUT.partial where a process was killed right after OUTPUT got its name."""
+    path = output.with_name(f"{output.name}.partial")
+    if not path.is_dir() or not {entry.name for entry in path.iterdir()} <= {"progress.json", "configuration"}:
+        return
+    # Held by another process, it is a beginning.
+    with suppress(UserError), locked_folder(path, "output"):
+        shutil.rmtree(path)
 
 
 def _continue(path: Path, settings: dict[str, Any], source: dict[str, Any]) -> _Progress | None:

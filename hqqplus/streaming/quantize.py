@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hqqplus import models
 from hqqplus.adapters.fingerprint import Fingerprint, sha256_of_layers
-from hqqplus.errors import UserError
+from hqqplus.errors import NotStreamable, UserError
 from hqqplus.evaluation.layers import Layer, Layers, write_layers
 from hqqplus.files import check_output, check_space, full_disk, replacing_folder, write_json
 from hqqplus.modules import PackedEmbedding, observe_packing, packed_modules
@@ -114,7 +114,7 @@ def quantize_checkpoint(
             disk; if solutions made beforehand are of another model or plan; if `output` cannot be written, or
             OUTPUT.partial holds the beginning of something else.
     """
-    from hqqplus.integrations.skeleton import NotStreamable, no_progress_bars
+    from hqqplus.integrations.skeleton import no_progress_bars
 
     started = time.monotonic()
     output = Path(output)
@@ -286,7 +286,6 @@ def _plan(skeleton: Skeleton, headers: Mapping[str, Mapping[str, StoredTensor]])
         NotStreamable: if a tensor is not loaded just as it is.
         UserError: if one is missing, or of another shape than the configuration asks for.
     """
-    from hqqplus.integrations.skeleton import NotStreamable
 
     found: dict[str, StoredTensor] = {}
     for header in headers.values():

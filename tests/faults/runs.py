@@ -196,18 +196,18 @@ def _check_checkpoint(folder: Path) -> None:
 
 
 def files(place: Place) -> dict[str, Path]:
-    """Relative name -> path of all that a run wrote and keeps.
+    """Relative name -> path of all files that a run wrote and keeps, and of its folders, whose names end in "/".
 
     What it printed and the rows' cache are left out, and all checkpoints but the newest: a run that was stopped has
     some at other steps.
     """
-    found = {path.relative_to(place.folder).as_posix(): path for path in sorted(place.folder.rglob("*"))}
-    older = tuple(f"out/checkpoint-{step}/" for step in place.checkpoints()[:-1])
-    return {
-        name: path
-        for name, path in found.items()
-        if path.is_file() and not name.startswith(("datasets/", *older)) and path.suffix not in _OF_THE_TEST
-    }
+    left_out = ("datasets/", *(f"out/checkpoint-{step}/" for step in place.checkpoints()[:-1]))
+    found = {}
+    for path in sorted(place.folder.rglob("*")):
+        name = path.relative_to(place.folder).as_posix() + "/" * path.is_dir()
+        if not name.startswith(left_out) and path.suffix not in _OF_THE_TEST:
+            found[name] = path
+    return found
 
 
 def differences(ours: Place, theirs: Place) -> list[str]:
@@ -215,7 +215,7 @@ def differences(ours: Place, theirs: Place) -> list[str]:
     mine, others = files(ours), files(theirs)
     found = [f"{name} is left over" for name in mine.keys() - others.keys()]
     found += [f"{name} is missing" for name in others.keys() - mine.keys()]
-    for name in sorted(mine.keys() & others.keys()):
+    for name in sorted(name for name in mine.keys() & others.keys() if not name.endswith("/")):
         found += _difference(name, _content(mine[name], ours), _content(others[name], theirs))
     return found
 
@@ -260,6 +260,5 @@ def _difference(name: str, ours: Any, theirs: Any) -> list[str]:
 
 def stamps(place: Place) -> dict[str, tuple[int, int, int]]:
     """Which file each one is, how long, and when it was written."""
-    return {
-        name: (path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files(place).items()
-    }
+    stats = {name: path.stat() for name, path in files(place).items()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}

@@ -100,6 +100,9 @@ class Events:
         handle = arguments[-1]
         if event in _RELATIVE and isinstance(handle, int) and handle >= 0:
             path = os.path.join(os.readlink(f"/proc/self/fd/{handle}"), os.fsdecode(path))
+        # What is there is not made, what is not there is not removed.
+        if event != "open" and os.path.lexists(path) == (event == "os.mkdir"):
+            return
         if os.path.abspath(os.fsdecode(path)).startswith(self._folder):
             self._met(event)
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,22 @@ def finish_as(runs: Runs, place: Place, changes: dict[str, Any]) -> str:
     return output
 
 
+# Rarer, and alike to others: not in CI.
+RARER = {
+    "before the first step",
+    "between training and report",
+    "during calibration, at once",
+    "in the last step",
+    "in the last step of an epoch",
+    "in the middle of an epoch that ends with an evaluation",
+    "while it saves",
+}
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.long if name in RARER else ()) for name in names]
+
+
 KILLS = {
     "during the distillation cache": (EVERYTHING, at("hqqplus.recovery.teacher_cache:_Writer.note", 3), None),
     "during calibration": (EVERYTHING, at("hqqplus.calibration.store:SolutionFolder.add", 2), None),
@@ -89,7 +105,7 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("case", KILLS)
+@pytest.mark.parametrize("case", cases(KILLS))
 def test_killed(runs: Runs, case: str) -> None:
     changes, kill, step = KILLS[case]
     place, _ = interrupt(runs, changes, kill, -signal.SIGKILL)
@@ -122,7 +138,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("case", STOPS)
+@pytest.mark.parametrize("case", cases(STOPS))
 def test_stopped_at_a_whole_step(runs: Runs, case: str) -> None:
     changes, kill, code, step = STOPS[case]
     place, output = interrupt(runs, changes, kill, code)
@@ -135,7 +151,7 @@ def test_stopped_at_a_whole_step(runs: Runs, case: str) -> None:
 
 # Outside the training a signal ends a run at once.
 AT_ONCE = {
-    "during calibration": (
+    "during calibration, at once": (
         EVERYTHING,
         at("hqqplus.calibration.store:SolutionFolder.add", 2, False, signal.SIGUSR1),
         138,
@@ -144,7 +160,7 @@ AT_ONCE = {
 }
 
 
-@pytest.mark.parametrize("case", AT_ONCE)
+@pytest.mark.parametrize("case", cases(AT_ONCE))
 def test_stopped_at_once(runs: Runs, case: str) -> None:
     changes, kill, code = AT_ONCE[case]
     place, output = interrupt(runs, changes, kill, code)

@@ -7,9 +7,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 
 from hqqplus import files
+from hqqplus.recovery import teacher_cache
+from hqqplus.streaming import partial
 from tests.faults.runs import Place, differences
 from tests.faults.server import Events, Kill
 
@@ -50,9 +53,14 @@ def leave_something(place: Place) -> None:
     (place.out / ".report.77.tmp.md").write_text("half")
 
 
-@pytest.mark.parametrize(
-    "change", [flip_a_bit, change_a_number, log_twice, lose_the_report, leave_something], ids=lambda f: f.__name__
-)
+def leave_a_folder(place: Place) -> None:
+    (place.out / ".adapter.77.tmp").mkdir()
+
+
+CHANGES = [flip_a_bit, change_a_number, log_twice, lose_the_report, leave_something, leave_a_folder]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_difference_is_seen(tmp_path: Path, change: Callable[[Place], None]) -> None:
     one, other = run_folder(tmp_path / "run-0001"), run_folder(tmp_path / "run-0002")
     assert differences(one, other) == []
@@ -77,8 +85,12 @@ def test_changes_below_the_folder_are_counted(tmp_path: Path) -> None:
     try:
         events._announced("open", (str(tmp_path / "a"), "w", os.O_WRONLY | os.O_CREAT))
         events._announced("open", (str(tmp_path / "a"), "r", os.O_RDONLY))
+        events._announced("os.remove", ("b", handle))
+        (tmp_path / "a").touch()
+        (tmp_path / "b").touch()
         events._announced("os.rename", (str(tmp_path / "a"), str(tmp_path / "b"), -1, -1))
         events._announced("os.remove", ("b", handle))
+        events._announced("os.mkdir", (str(tmp_path / "sub"), 0o777, -1))
         events._announced("os.remove", (str(tmp_path.parent / "b"), -1))
         events._announced("os.listdir", (str(tmp_path),))
     finally:
@@ -127,3 +139,29 @@ def test_the_names_that_are_removed_are_those_that_are_written(tmp_path: Path) -
         assert not second.exists()
         first.touch()
         second.mkdir()
+
+
+def test_a_cache_that_was_done_when_it_was_killed(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 4]]})
+    assert [seen for seen, _ in teacher_cache._blocks(rows, 0, set(), 8)] == [2]
+    assert list(teacher_cache._blocks(rows, 2, set(), 8)) == []
+    assert not teacher_cache.is_made(tmp_path / "teacher")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / teacher_cache.PROGRESS).write_text("{}")
+    assert teacher_cache.is_made(tmp_path / "teacher")
+    assert list((tmp_path / "teacher").iterdir()) == []
+
+
+def test_the_rest_of_a_packed_folder_that_was_done(tmp_path: Path) -> None:
+    output, rest = tmp_path / "base", tmp_path / "base.partial"
+    partial.remove_rest(output)
+    (rest / "model").mkdir(parents=True)
+    (rest / "progress.json").write_text("{}")
+    partial.remove_rest(output)
+    assert (rest / "model").is_dir(), "there is work in it"
+    (rest / "model").rmdir()
+    with files.locked_folder(rest, "output"):
+        partial.remove_rest(output)
+    assert rest.is_dir(), "somebody begins in it"
+    partial.remove_rest(output)
+    assert not rest.exists()

@@ -180,9 +180,11 @@ def test_adapters(packed: SimpleNamespace, tmp_path: Path, examples: int) -> Non
         name, content = example
         (tmp_path / name).write_bytes(content)
         before = tree(tmp_path)
-        judged(read)
-        assert tree(tmp_path) == before
-        (tmp_path / name).write_bytes(whole[name])
+        try:
+            judged(read)
+            assert tree(tmp_path) == before
+        finally:
+            (tmp_path / name).write_bytes(whole[name])
 
     run(examples, files, check)
 
@@ -278,9 +280,11 @@ def test_teacher_caches(random_model: Callable[..., Path], tmp_path: Path, examp
         name, content = example
         (folder / name).write_bytes(content)
         before = tree(folder)
-        judged(read)
-        assert tree(folder) == before
-        (folder / name).write_bytes(whole[name])
+        try:
+            judged(read)
+            assert tree(folder) == before
+        finally:
+            (folder / name).write_bytes(whole[name])
 
     read()
     run(examples, files, check)

@@ -10,6 +10,7 @@ from tests.conftest import load_benchmark
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_peak_memory_does_not_grow_with_the_parent() -> None:
     benchmark = load_benchmark("peak_memory")

@@ -633,6 +633,7 @@ def distilled(folder: Path, output: Path, kind: str, size: int) -> dict[str, Ten
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["online", "cache"])
 def test_two_processes_train_as_one_with_twice_the_batch(
     random_model: Callable[..., Path], tmp_path: Path, run_python: Callable[..., Any], kind: str

@@ -113,7 +113,8 @@ def perplexity_of(recipe: Recipe, model: Any) -> float:
     return perplexity(model, windows, recipe.evaluation.batch_size).perplexity
 
 
-@pytest.mark.parametrize("recovery", [ALL["recovery"], {"scales": "gains", "biases": True}], ids=["bake", "gains"])
+# With distillation and trained scales tests/faults does it.
+@pytest.mark.parametrize("recovery", [{"scales": "gains", "biases": True}], ids=["gains"])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(make: Callable[..., Recipe], recovery: dict[str, Any]) -> None:
     from hqqplus.recovery.checkpoints import checkpoint_folder
 
@@ -127,6 +128,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(make: Callable[..., Recipe],
     run(broken)
     output = Path(broken.output_dir)
     shutil.rmtree(checkpoint_folder(output, 4))
+    (output / "report.json").unlink()
     for name in ("adapter", "backbone"):
         shutil.rmtree(output / name, ignore_errors=True)
     run(broken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from transformers import AutoModelForCausalLM
 
 from hqqplus.errors import UserError
 from hqqplus.recipe import load_recipe
@@ -93,6 +95,34 @@ def test_a_model_over_all_cards() -> None:
     assert "each card belongs to one of them" in text
 
 
+def test_a_model_is_not_loaded_over_all_cards(
+    random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import hqqplus
+    from hqqplus import models
+    from hqqplus.integrations.transformers import quantize_model
+    from hqqplus.integrations.trl import RecoveryTrainer
+    from hqqplus.quantization import QuantSpec
+
+    parent = str(random_model("llama"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    packed = quantize_model(models.load_causal_lm(parent, device="cpu"), QuantSpec(2, 32))
+    packed.save_pretrained(tmp_path / "packed")
+    assert hqqplus.load(tmp_path / "packed", device_map={"": "cpu"}).device.type == "cpu"
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    hqqplus.load(tmp_path / "packed", device_map={"": "cpu"})
+    for name in (parent, tmp_path / "packed"):
+        with pytest.raises(UserError, match="each card belongs to one of them"):
+            hqqplus.load(name, device_map="auto")
+    # Not through us either.
+    with pytest.raises(UserError, match="each card belongs to one of them"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map="auto")
+    packed.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(UserError, match="each card belongs to one of them"):
+        RecoveryTrainer(model=packed, args=None, evaluator=None, on_checkpoint=None)  # type: ignore[arg-type]
+
+
 def test_deepspeed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "deepspeed_zero2.yaml" in refusal({"deepspeed": "zero.json"})
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -135,6 +165,8 @@ def test_a_machine_without_accelerators_needs_no_word_for_it(monkeypatch: pytest
         assert start(recipe) == "made"
         assert made["cpu"] is not available
     assert made["timeout"].total_seconds() == 60
+    start(load_recipe(write(tmp_path, SMALLEST)))
+    assert made["timeout"].total_seconds() > 3600, "one process may quantize for all"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     start(recipe)

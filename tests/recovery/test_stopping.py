@@ -227,7 +227,8 @@ def test_a_loss_that_is_no_number_halts_the_run(make: Callable[..., Recipe]) -> 
     with pytest.raises(UserError) as caught:
         run(recipe)
     text = str(caught.value)
-    assert re.match(r"step 2: the loss \(nan\) is not finite in the batch of rows \d+(, \d+)* \(row \d+ of 57: '", text)
+    named = r"in the batch of rows \d+(, \d+)* \(row \d+ of 57: '"
+    assert re.match(rf"step 2: the loss \(nan\) is not finite {named}", text)
     assert f"the last good checkpoint is {Path(recipe.output_dir) / 'checkpoint-1'}" in text
     assert sorted(path.name for path in Path(recipe.output_dir).glob("*checkpoint*")) == ["checkpoint-1"]
 
@@ -251,3 +252,15 @@ def test_a_gradient_that_is_no_number_halts_the_run_before_it_is_used(
     recipe = make("poisoned")
     with pytest.raises(UserError, match=r"^step 6: a gradient is not finite.*checkpoint-4, and nothing was written"):
         run(recipe)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(make: Callable[..., Recipe]) -> None:
+    from hqqplus.files import locked_folder
+    from hqqplus.train import run
+
+    recipe = make("held")
+    output = Path(recipe.output_dir)
+    output.mkdir()
+    with locked_folder(output, "test"), pytest.raises(UserError, match=r"^output_dir: .*held: another process is at"):
+        run(recipe)
+    assert list(output.iterdir()) == []

@@ -359,6 +359,7 @@ def outcomes(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> dic
     return interpreted(run_python, "tests.kernels.triton.test_product")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", _cases(), ids=str)
 def test_interpreted_a_product_is_exact_to_rounding(name: str, outcomes: dict[str, list[str]]) -> None:
