@@ -183,7 +183,7 @@ _held: set[int] = set()
 
 
 def _let_go() -> None:
-    """In a process that was forked off: or a data loader's worker, which outlives its parent by seconds, would hold the
+    """In a process that was forked off: a data loader's worker, which outlives its parent by seconds, would hold the
     folder against the next start."""
     while _held:
         os.close(_held.pop())
