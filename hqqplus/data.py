@@ -224,7 +224,9 @@ def _pick(splits: Mapping[str, Dataset], split: str, name: str, where: str) -> D
         if "Unknown split" in str(error):
             _no_split(name, split, splits, where, error)
         _bad_split(name, split, where, error)
-    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in wanted])
+    # `select` refuses an empty range that begins at the end.
+    parts = [(splits[part.splitname], range(part.from_, part.to)) for part in wanted]
+    return concatenate_datasets([rows.select(part if len(part) else []) for rows, part in parts])
 
 
 @contextmanager
@@ -324,7 +326,8 @@ def _hint(wrong: str, there: Iterable[str]) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)

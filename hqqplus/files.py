@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,20 @@ def sync(path: str | Path, recursive: bool = True) -> None:
 def sha256_of_file(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def made_folder(path: str | Path) -> Iterator[None]:
+    """Make folder `path` and those above it; what was made here and is empty in the end goes again."""
+    path = Path(path).absolute()
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
 
 
 # Folders that are held, as file descriptors.

@@ -66,7 +66,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
     from hqqplus.digests import text_digest
     from hqqplus.evaluation.perplexity import make_windows, perplexity, recovery
     from hqqplus.evaluation.report import Report, environment, print_report, write_report
-    from hqqplus.files import locked_folder
+    from hqqplus.files import locked_folder, made_folder
     from hqqplus.integrations.fsdp import streamed
     from hqqplus.integrations.peft import without_adapters
     from hqqplus.integrations.trl import RecoveryTrainer, sft_config
@@ -96,7 +96,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
 
     def hold() -> None:
         """Two runs in one folder would take each other's checkpoints away."""
-        output_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(made_folder(output_dir))
         held.enter_context(locked_folder(output_dir, "output_dir"))
 
     if there := output_dir.is_dir():

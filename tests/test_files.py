@@ -22,6 +22,7 @@ from hqqplus.files import (
     check_space,
     full_disk,
     locked_folder,
+    made_folder,
     move_folder,
     replacing,
     replacing_folder,
@@ -295,3 +296,17 @@ def test_a_forked_process_holds_no_folder(tmp_path: Path) -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_folder_that_stays_empty_goes_again(tmp_path: Path) -> None:
+    with made_folder(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with made_folder(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "c").mkdir()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["c"]
+    with made_folder(tmp_path / "a"):
+        pass
+    with made_folder(tmp_path / "d"):
+        (tmp_path / "d" / "file").write_text("kept")
+    assert (tmp_path / "d" / "file").is_file()

@@ -77,7 +77,7 @@ _VALUES = st.one_of(
 OVERRIDES = st.lists(st.one_of(st.builds("{}={}".format, _KEYS, _VALUES), st.text(max_size=30), _KEYS), max_size=3)
 
 
-@pytest.mark.parametrize("examples", [200, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.long])])
+@pytest.mark.parametrize("examples", [150, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_recipes(tmp_path: Path, examples: int) -> None:
     def check(example: tuple[bytes, bytes, list[str]]) -> None:
         content, base, overrides = example
