@@ -297,7 +297,8 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
     # 8. Ship: the base, if its scales were trained; adapter, card, fingerprint and report. The main process writes;
     # all of them gather a sharded model.
     writes = state.is_main_process
-    fingerprint, base = backbone.fingerprint, base_folder(recipe) or recipe.model.name_or_path
+    fingerprint = replace(backbone.fingerprint, data=identity[DATA])
+    base = base_folder(recipe) or recipe.model.name_or_path
     if recipe.recovery.scales == "bake":
         base = str(output_dir / models.PACKED_FOLDERS[0])
         fingerprint = bake_backbone(model, base, tokenizer, fingerprint, writes=writes)
@@ -308,7 +309,6 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
         base=fingerprint.base,
         packed=bool(fingerprint.unrepeatable),
     )
-    fingerprint = replace(fingerprint, data=identity[DATA])
     ship_adapter(model, tokenizer, output_dir / ADAPTER_FOLDER, fingerprint, card, writes=writes)
     if writes:
         # Where there is a report nothing is left to do.
