@@ -66,6 +66,7 @@ def layers_packed(call: Callable[[], Quantized]) -> tuple[list[str], Quantized]:
         return seen, call()
 
 
+@pytest.mark.slow
 def test_after_a_kill_finished_files_are_kept(parent: Path, whole: Quantized, tmp_path: Path) -> None:
     output, work = tmp_path / "out", tmp_path / "out.partial"
     killed(parent, output, at_layer=8)
@@ -88,6 +89,7 @@ def test_after_a_kill_finished_files_are_kept(parent: Path, whole: Quantized, tm
         assert (output / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_after_a_kill_a_file_in_work_is_continued(
     random_model: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -220,6 +220,7 @@ def outcomes(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> dic
     return interpreted(run_python, "tests.kernels.triton.test_bitserial")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _cases())
 def test_interpreted_it_is_the_product_as_defined(name: str, outcomes: dict[str, list[str]]) -> None:
     assert outcomes[name] == []
