@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from hqqplus import models
 from hqqplus.adapters import Fingerprint
 from hqqplus.errors import UserError
 from hqqplus.modules import packed_modules
@@ -20,11 +19,6 @@ from hqqplus.recovery.calibrated import Text, calibration_folder, described, sam
 
 CPU = torch.device("cpu")
 DOCUMENTS = [f"{i} is {'long ' * (5 + i)}a document" for i in range(30)] + ["x", "yes", "no"]
-
-
-@pytest.fixture
-def tokenizer(random_model: Callable[..., Path]) -> Any:
-    return models.load_tokenizer(str(random_model("llama")))
 
 
 @pytest.fixture

@@ -44,11 +44,6 @@ def make(tmp_path: Path) -> Callable[..., Recipe]:
     return make
 
 
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from hqqplus import models
 from hqqplus.data_stream import StreamFault
 from hqqplus.errors import UserError
 from hqqplus.recipe import Recipe, to_dict
@@ -72,16 +71,6 @@ def make(random_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Rec
         )
 
     return make
-
-
-@pytest.fixture
-def tokenizer(random_model: Callable[..., Path]) -> Any:
-    return models.load_tokenizer(str(random_model("llama")))
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
 
 
 @pytest.fixture

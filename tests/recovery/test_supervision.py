@@ -11,7 +11,6 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from hqqplus import models
 from hqqplus.data_stream import PLACE, StreamFault
 from hqqplus.errors import UserError
 from hqqplus.integrations.trl import sft_config
@@ -30,17 +29,6 @@ TEMPLATE = (
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def tokenizer(random_model: Callable[..., Path]) -> Any:
-    """A letter is a token; nothing is put in front."""
-    return models.load_tokenizer(str(random_model("llama")))
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
 
 
 @pytest.fixture
