@@ -1,0 +1,5 @@
+"""`python -m hqqplus.cli`."""
+
+from hqqplus.cli import main
+
+main()

@@ -1,0 +1,102 @@
+"""`hqqplus evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hqqplus.cli.options import (
+    Adapter,
+    AllowMismatch,
+    Compute,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    Trust,
+    checked_dtype,
+    finite,
+)
+from hqqplus.errors import UserError
+
+
+def evaluate(
+    model: Model,
+    texts: Annotated[
+        str | None, typer.Argument(metavar="TEXTS", help="jsonl, json, csv, parquet or txt file, or hub name")
+    ] = None,
+    adapter: Adapter = None,
+    against: Annotated[str | None, typer.Option(help="its parent: also the KL to it and the agreement")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="of lm-eval, e.g. hellaswag,arc_easy; with TEXTS or without")
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="so many examples of a task; below 1: that share")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="examples in a task's prompt")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="folder with task files of your own")] = None,
+    split: Annotated[str, typer.Option(help="split of a hub data set or folder")] = "train",
+    text_field: Annotated[str, typer.Option(help="column that holds the text")] = "text",
+    max_length: Annotated[int, typer.Option(help="tokens to a window", min=2)] = 1024,
+    max_tokens: Annotated[int | None, typer.Option(help="measure on so many tokens at most", min=2)] = None,
+    batch_size: Annotated[int, typer.Option(help="windows at a time", min=1)] = 8,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    compute: Compute = "auto",
+    allow_mismatch: AllowMismatch = False,
+    as_json: Annotated[bool, typer.Option("--json", help="everything in JSON on stdout, and nothing else")] = False,
+) -> None:
+    """Perplexity on a text, distance to the parent, task scores: of a model, with or without an adapter."""
+    if texts is None and tasks is None:
+        raise UserError("evaluate: give TEXTS to measure on, --tasks, or both")
+    if texts is None and against is not None:
+        raise UserError("--against: it needs TEXTS to compare the two models on")
+    if tasks is None and (limit, num_fewshot, include_path) != (None, None, None):
+        raise UserError("--limit, --num-fewshot and --include-path go with --tasks")
+    options: dict[str, Any] = {"dtype": checked_dtype(dtype), "device": device, "trust_remote_code": trust_remote_code}
+    if texts is not None:
+        from hqqplus.data import RowForm, load_rows
+        from hqqplus.evaluation.perplexity import make_windows, perplexity
+
+        rows = load_rows(texts, split, where="TEXTS")
+        form = RowForm(text_field=text_field)
+        form.check(rows, "TEXTS")
+    from hqqplus.models import check_parent, load, load_with_tokenizer
+
+    loaded, tokenizer = load_with_tokenizer(
+        model, adapter, revision=revision, compute=compute, allow_mismatch=allow_mismatch, **options
+    )
+    found: dict[str, Any] = {}
+    if texts is not None:
+        windows = make_windows(form.documents(rows, tokenizer), tokenizer, max_length, max_tokens, texts)
+        if against is None:
+            found |= {"perplexity": perplexity(loaded, windows, batch_size).perplexity}
+        else:
+            from hqqplus.evaluation.divergence import divergence
+
+            parent = load(against, **options)
+            check_parent(model, adapter, against, allow_mismatch)
+            apart = divergence(parent, loaded, windows, batch_size)
+            found |= {"perplexity": apart.model.perplexity, "parent_perplexity": apart.parent.perplexity}
+            found |= {"kl": apart.kl, "agreement": apart.agreement}
+        found |= {"tokens": windows.tokens, "max_length": max_length}
+        if not as_json:
+            typer.echo(f"perplexity {found['perplexity']:.4f} ({windows.tokens:,} tokens, windows of {max_length})")
+        if against is not None and not as_json:
+            typer.echo(
+                f"KL to the parent {found['kl']:.4f} nats a token, agreement {100 * found['agreement']:.2f} %, "
+                f"the parent's perplexity {found['parent_perplexity']:.4f}"
+            )
+    if tasks is not None:
+        from hqqplus.evaluation.tasks import print_tasks, run_tasks
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        scores = run_tasks(loaded, tokenizer, names, limit, num_fewshot, include_path, batch_size)
+        found |= scores
+        if not as_json:
+            print_tasks(scores)
+    if as_json:
+        typer.echo(json.dumps(finite(found), indent=2))
