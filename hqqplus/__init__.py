@@ -15,6 +15,7 @@ from hqqplus.integrations import register_when_imported
 
 if TYPE_CHECKING:
     from hqqplus.allocation import allocate, describe_plan, hybrid_plan
+    from hqqplus.evaluation.texts import Evaluation, evaluate
     from hqqplus.integrations.transformers import HqqPlusConfig, quantize_model
     from hqqplus.kernels import quantize
     from hqqplus.models import export, load
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Evaluation": "hqqplus.evaluation.texts",
     "HqqPlusConfig": "hqqplus.integrations.transformers",
     "PackedEmbedding": "hqqplus.modules",
     "PackedLinear": "hqqplus.modules",
@@ -37,6 +39,7 @@ _HOMES = {
     "allocate": "hqqplus.allocation",
     "candidate_specs": "hqqplus.quantization",
     "describe_plan": "hqqplus.allocation",
+    "evaluate": "hqqplus.evaluation.texts",
     "export": "hqqplus.models",
     "hybrid_plan": "hqqplus.allocation",
     "load": "hqqplus.models",
