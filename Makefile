@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --d
 DEMO_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
 
-.PHONY: demo test test-slow test-long lint format types env clean
+.PHONY: demo test test-slow test-long test-lowest test-newest package lint format types env clean
 
 # ARGS="training.max_steps=8" lays further keys over the recipe.
 demo: .venv/installed
@@ -28,6 +28,22 @@ test-slow: .venv/installed
 test-long: .venv/installed
 	$(PYTEST) -m "long and not gpu"
 
+# The fast tests with the oldest libraries that pyproject.toml admits, and with the newest there are; torch is pinned in both.
+test-lowest: .venv-lowest/installed
+	$(subst $(BIN),.venv-lowest/bin,$(PYTEST)) -m "not slow and not gpu"
+
+test-newest: .venv-newest/installed
+	$(subst $(BIN),.venv-newest/bin,$(PYTEST)) -m "not slow and not gpu"
+
+# Wheel and sdist, and the wheel with all that it needs in a clean virtual environment.
+package: .venv/installed
+	rm -rf dist .venv-package
+	$(BIN)/python -m build --quiet --no-isolation
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-package/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd dist && ../.venv-package/bin/hqqplus --help && ../.venv-package/bin/hqqplus env
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +59,7 @@ env: .venv/installed
 	$(BIN)/hqqplus env
 
 clean:
-	rm -rf .venv build dist *.egg-info runs
+	rm -rf .venv .venv-lowest .venv-newest .venv-package build dist *.egg-info runs
 
 # torch first and by itself: then nothing that comes later picks another build of it.
 .venv/installed: pyproject.toml constraints.txt
@@ -51,4 +67,17 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt torch
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	touch $@
+
+.venv-newest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	grep '^torch==' constraints.txt >.venv-newest/torch.txt
+	.venv-newest/bin/python -m pip install --quiet -c .venv-newest/torch.txt torch
+	.venv-newest/bin/python -m pip install --quiet --upgrade -c .venv-newest/torch.txt -e '.[dev]'
 	touch $@
