@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 
 import hqqplus
@@ -308,6 +310,11 @@ def test_streams(tmp_path: Path) -> None:
         stream_rows(str(tmp_path / "rows.jsonl"))
 
 
+@pytest.mark.xfail(
+    Version(datasets.__version__) < Version("5.2"),
+    reason="older datasets make a broken array of the list in the last row, which is refused",
+    strict=True,
+)
 def test_data_with_brackets_and_nulls_in_it(tmp_path: Path) -> None:
     """Text may hold any number of brackets, and rows may hold nulls."""
     rows = [{"text": "[" * 5000 + '"' + "{" * 5000}, {"text": None}, {"text": "null"}, {"text": "\\[", "a": [None, 1]}]

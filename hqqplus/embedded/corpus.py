@@ -74,10 +74,11 @@ class Document:
         return f"# {self.name}\n\n" + "\n\n".join(entry.render() for entry in self.entries) + "\n"
 
 
-def _topics() -> Iterator[Document]:
-    from pydoc_data import topics
+def topics() -> Iterator[Document]:
+    """The text behind `help("...")`, a document a topic."""
+    from pydoc_data import topics as found
 
-    for name, text in sorted(topics.topics.items()):
+    for name, text in sorted(found.topics.items()):
         yield Document(f"topic {name}", (Entry("", text.strip()),))
 
 
@@ -100,7 +101,8 @@ def _source_entries(node: ast.AST, depth: int = 0) -> Iterator[Entry]:
                 yield from _source_entries(child, depth + 1)
 
 
-def _source_modules() -> Iterator[Document]:
+def source_modules() -> Iterator[Document]:
+    """The docstrings of the library's modules that are written in Python."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -141,7 +143,8 @@ def _c_members(owner: ModuleType | type, depth: int = 0) -> Iterator[Entry]:
         yield Entry(f"def {name}{signature}:", inspect.cleandoc(doc), depth)
 
 
-def _c_modules() -> Iterator[Document]:
+def c_modules() -> Iterator[Document]:
+    """The docstrings of those that are written in C."""
     suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
     folder = Path(sysconfig.get_path("platstdlib")) / "lib-dynload"
     names = set(sys.builtin_module_names)
@@ -181,7 +184,7 @@ def _without(document: Document, seen: set[int]) -> Document:
 
 def build() -> dict[str, list[str]]:
     """The corpus of this interpreter: `{"train": [...], "validation": [...]}`, lists of documents as text."""
-    documents = [*_topics(), *_source_modules(), *_c_modules()]
+    documents = [*topics(), *source_modules(), *c_modules()]
     # Training documents first: what stands in both splits stays in training only.
     documents.sort(key=lambda document: document.held_out)
     splits: dict[str, list[str]] = {"train": [], "validation": []}
