@@ -4,12 +4,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # A process for each core, each of them with one thread: threads that share a core wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # The demo keeps off the network and off the accounts: everything it needs is in the package.
 DEMO_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
 
-.PHONY: demo test test-slow test-long test-lowest test-newest package lint format types env clean
+.PHONY: demo test test-slow test-long test-lowest test-newest package docs lint format types env clean
 
 # ARGS="training.max_steps=8" lays further keys over the recipe.
 demo: .venv/installed
@@ -43,6 +43,9 @@ package: .venv/installed
 	.venv-package/bin/python -m pip install --quiet -c constraints.txt torch
 	.venv-package/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	cd dist && ../.venv-package/bin/hqqplus --help && ../.venv-package/bin/hqqplus env
+
+docs: .venv/installed
+	$(BIN)/python -m mkdocs build --strict --site-dir site
 
 lint: .venv/installed
 	$(BIN)/ruff check .

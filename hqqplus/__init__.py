@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from hqqplus.evaluation.texts import Evaluation, evaluate
     from hqqplus.integrations.transformers import HqqPlusConfig, quantize_model
     from hqqplus.kernels import quantize
-    from hqqplus.models import export, load
+    from hqqplus.merging import export
+    from hqqplus.models import load
     from hqqplus.modules import PackedEmbedding, PackedLinear
     from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, SolverOptions, candidate_specs
     from hqqplus.recipe import Recipe, load_recipe
@@ -40,7 +41,7 @@ _HOMES = {
     "candidate_specs": "hqqplus.quantization",
     "describe_plan": "hqqplus.allocation",
     "evaluate": "hqqplus.evaluation.texts",
-    "export": "hqqplus.models",
+    "export": "hqqplus.merging",
     "hybrid_plan": "hqqplus.allocation",
     "load": "hqqplus.models",
     "load_recipe": "hqqplus.recipe",

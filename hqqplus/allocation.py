@@ -29,7 +29,9 @@ from hqqplus.errors import UserError
 from hqqplus.evaluation.mode import evaluating
 from hqqplus.kernels import quantize
 from hqqplus.modules import PackedState
-from hqqplus.modules.replace import plan_modules
+from hqqplus.modules.experts import fused_experts
+from hqqplus.modules.replace import is_stack, plan_modules, weight_of
+from hqqplus.progress import WorkProgress
 from hqqplus.quantization import QuantPlan, QuantSpec
 from hqqplus.quantization.allocation import Option, candidate_specs, choose, measure_nmse, stored_bits
 from hqqplus.quantization.spec import NBITS, matches
@@ -213,13 +215,15 @@ def _errors(
     names = _linear_names(skeleton, skip)
     read = _reader(model, revision)
     layers = []
-    for name in names:
-        weight = read(name)
-        try:
-            nmse = measure_nmse(weight, candidates, quantizer=quantize)
-        except ValueError as error:
-            raise UserError(f"{name}.weight: {error}") from None
-        layers.append(LayerErrors(name, (weight.shape[0], weight.shape[1]), nmse))
+    with WorkProgress(len(names), unit="layers", what="errors of the candidates") as progress:
+        for name in names:
+            weight = read(name)
+            try:
+                nmse = measure_nmse(weight, candidates, quantizer=quantize)
+            except ValueError as error:
+                raise UserError(f"{name}.weight: {error}") from None
+            layers.append(LayerErrors(name, (weight.shape[0], weight.shape[1]), nmse))
+            progress.advance(1, name)
     modules = frozenset(name for name, _ in skeleton.named_modules(remove_duplicate=False))
     return ModelErrors(tuple(candidates), tuple(layers), modules, tuple(skip))
 
@@ -260,7 +264,7 @@ def probe(
         input_ids = torch.randint(embedding.weight.shape[0], _PROBE_SHAPE, generator=generator)
     input_ids = input_ids.to(model.device)
     weights = {}
-    with evaluating(model):
+    with evaluating(model), WorkProgress(len(names), unit="layers", what="asking the model") as progress:
         parent = _log_probabilities(model, input_ids)
         if not torch.isfinite(parent).all():
             raise UserError(f"the predictions of {type(model).__name__} on random tokens are not finite")
@@ -284,6 +288,7 @@ def probe(
                     f"{name}: quantized, it makes the model's predictions on random tokens infinite or NaN"
                 )
             weights[name] = max(divergence, 0.0) / nmse if nmse > 0 else 0.0
+            progress.advance(1, name)
     return weights
 
 
@@ -338,6 +343,7 @@ def hybrid_plan(
     unnamed = _planned(skeleton, QuantPlan(plan.default, skip=plan.skip))
     named = {name: spec for name, spec in specs.items() if unnamed.get(name) != spec}
     modules = [name for name, _ in skeleton.named_modules(remove_duplicate=False)]
+    modules += [name for name in specs if is_stack(skeleton, name)]
     return QuantPlan(plan.default, _overrides(named, plan.default, modules), plan.skip, plan.solver)
 
 
@@ -375,7 +381,8 @@ def down_projections(model: nn.Module) -> list[str]:
 
     Found by structure, not by name: `down_proj` of a Llama, `fc2` of an OPT or Phi, `dense_4h_to_h` of a GPT-NeoX,
     `w2` of an expert. Of the linear layers that share a parent module, outside of anything called attention (by
-    attribute or class), it is the last one defined, if its outputs are as many as the model is wide.
+    attribute or class), it is the last one defined, if its outputs are as many as the model is wide. Fused experts
+    have theirs in a Parameter called `down_proj`.
 
     Raises:
         UserError: if there is none.
@@ -389,10 +396,15 @@ def down_projections(model: nn.Module) -> list[str]:
             if not in_attention(model.get_submodule(block), parent) and linear.out_features == width:
                 last[parent] = f"{block}.{name}"
         found += last.values()
+        prefix = f"{block}."
+        found += [
+            f"{name}.down_proj"
+            for name, module in fused_experts(model)
+            if name.startswith(prefix) and getattr(module, "down_proj", None) is not None
+        ]
     if not found:
         raise UserError(
-            f"down_proj: in {type(model).__name__} no linear layer of an MLP writes to a residual of width {width} "
-            "(experts fused into one tensor are no linear layers)"
+            f"down_proj: in {type(model).__name__} no linear layer of an MLP writes to a residual of width {width}"
         )
     return found
 
@@ -412,10 +424,11 @@ def describe_plan(model: PreTrainedModel | nn.Module | str, plan: QuantPlan) -> 
     rows: dict[tuple[str, QuantSpec], tuple[list[int], int, int]] = {}
     total_bits = total_weights = 0
     for name, spec in specs.items():
-        module = skeleton.get_submodule(name)
-        out_features, in_features = module.weight.shape  # type: ignore[union-attr,misc]
-        bits, weights = stored_bits(spec, out_features, in_features), out_features * in_features
-        if isinstance(module, nn.Linear):
+        weight, stack = weight_of(skeleton, name), is_stack(skeleton, name)
+        out_features, in_features = weight.shape[-2:]
+        experts = len(weight) if stack else 1
+        bits, weights = experts * stored_bits(spec, out_features, in_features), weight.numel()
+        if stack or isinstance(skeleton.get_submodule(name), nn.Linear):
             total_bits, total_weights = total_bits + bits, total_weights + weights
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
         kind = name[len(block) + 1 :] if block else name
@@ -516,7 +529,14 @@ def _planned(model: nn.Module, plan: QuantPlan) -> dict[str, QuantSpec]:
 
 def _linear_names(model: nn.Module, skip: Sequence[str]) -> list[str]:
     """The linear layers that a plan without overrides packs: all but the output head and what is skipped."""
-    names = list(_planned(_skeleton(model, None, False), QuantPlan(skip=tuple(skip))))
+    skeleton = _skeleton(model, None, False)
+    names = list(_planned(skeleton, QuantPlan(skip=tuple(skip))))
+    if experts := next((name for name in names if is_stack(skeleton, name)), None):
+        raise UserError(
+            f"{type(model).__name__}: {experts} holds the matrices of experts, and bits are shared out for a target "
+            "among linear layers only: give experts their bits by overrides, such as "
+            "'*.experts.gate_up_proj', or skip them"
+        )
     if not names:
         raise UserError(f"{type(model).__name__} has no linear layer to quantize with these skips")
     return names

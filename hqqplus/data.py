@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import glob
+import hashlib
 import json
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hqqplus.embedded import DATA_NAME
 from hqqplus.errors import UserError
+from hqqplus.progress import WorkProgress
+from hqqplus.row_forms import RowForm as RowForm
+from hqqplus.row_forms import hint, short
 from hqqplus.untrusted import arrow_fault
 
 # datasets counts every data set that is read, local files too, with a request to its makers. Read when it is imported.
@@ -24,7 +26,6 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 # Suffix of a file -> the builder of `datasets` that reads it; a text file is read here, as one document.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -33,12 +34,8 @@ _ALLOWED = (
     f"Allowed: a file ({', '.join(_SUFFIXES)}), a folder of such files, '{DATA_NAME}', "
     "or the name of a data set on the Hugging Face hub"
 )
-# TRL's name of a column -> the field of `RowForm` (and of a recipe) that names ours.
-_OPTIONS = {"text": "text_field", "prompt": "prompt", "completion": "completion", "messages": "messages"}
-# Rows whose messages are looked at one by one, where the column's type alone does not prove their form.
-_CHECKED_ROWS = 100
-# Columns that an error names.
-_LISTED = 30
+# Of a file that is hashed, so much at a time.
+_PIECE_BYTES = 2**22
 
 
 def load_rows(
@@ -102,7 +99,7 @@ def _local(name: str, split: str, config_name: str | None, where: str) -> Datase
     path = Path(name).expanduser().absolute()
     if not path.exists():
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{where}: there is no file or folder '{name}' (looked for {path}){_hint(path.name, near)}")
+        raise UserError(f"{where}: there is no file or folder '{name}' (looked for {path}){hint(path.name, near)}")
     if path.is_dir():
         return _folder(path, name, split, config_name, where)
     suffix = path.suffix.lower()
@@ -121,7 +118,8 @@ def _local(name: str, split: str, config_name: str | None, where: str) -> Datase
     try:
         # `datasets` takes data_files for glob patterns.
         with _without_log():
-            return _sound(load_dataset(_BUILDERS[suffix], data_files=glob.escape(str(path)), split=split))
+            options = {"data_files": glob.escape(str(path)), "cache_dir": _place_of(path)}
+            return _sound(load_dataset(_BUILDERS[suffix], split=split, **options))
     except Exception as error:
         # The readers name a byte or a row of a block, at best: find the line for the user.
         fault = _json_fault(path) if suffix in (".jsonl", ".json") else None
@@ -140,7 +138,7 @@ def _folder(path: Path, name: str, split: str, config_name: str | None, where: s
         _refuse_fatal(file, str(file), where)
     try:
         with _without_log():
-            return _sound(load_dataset(str(path), config_name, split=split, **options))
+            return _sound(load_dataset(str(path), config_name, split=split, cache_dir=_place_of(path), **options))
     except Exception as error:
         if not found & {*_SUFFIXES, ".arrow"}:
             raise UserError(f"{where}: the folder '{name}' holds no data file. {_ALLOWED}") from error
@@ -193,6 +191,25 @@ def _cache() -> str:
     return str(datasets.config.HF_DATASETS_CACHE)
 
 
+def _place_of(path: Path) -> str:
+    """Where `datasets` keeps its copy of a file or folder: told by what is in it.
+
+    By itself it goes by the name and by when the file was written, and so takes an old copy for a file that was
+    replaced by one of the same time, as archives and `cp -p` do.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    sizes = {file: file.stat().st_size for file in files}
+    digest = hashlib.sha256()
+    with WorkProgress(sum(sizes.values()), unit="bytes", what="hashing the data") as progress:
+        for file in files:
+            digest.update(f"{file.relative_to(path).as_posix()} {sizes[file]}:".encode("utf-8", "surrogateescape"))
+            with open(file, "rb") as content:
+                while piece := content.read(_PIECE_BYTES):
+                    digest.update(piece)
+                    progress.advance(len(piece))
+    return str(Path(_cache()) / "hqqplus_files" / digest.hexdigest()[:32])
+
+
 def _refuse_config(config_name: str | None, name: str, where: str) -> None:
     if config_name is not None:
         raise UserError(
@@ -203,13 +220,13 @@ def _refuse_config(config_name: str | None, name: str, where: str) -> None:
 def _no_split(name: str, split: str, there: Iterable[str], where: str, cause: Exception | None = None) -> NoReturn:
     there = list(there)
     listed = ", ".join(f"'{key}'" for key in there) or "none"
-    hint, split = _hint(split, there), _short(split)
-    raise UserError(f"{where}: '{name}' has no split '{split}'; it has {listed}{hint}") from cause
+    near, split = hint(split, there), short(split)
+    raise UserError(f"{where}: '{name}' has no split '{split}'; it has {listed}{near}") from cause
 
 
 def _bad_split(name: str, split: str, where: str, cause: Exception | None = None) -> NoReturn:
     raise UserError(
-        f"{where}: cannot read the split '{_short(split)}' of '{name}'; allowed: a name, a slice such as "
+        f"{where}: cannot read the split '{short(split)}' of '{name}'; allowed: a name, a slice such as "
         "'train[:1000]' or 'train[:5%]', and sums of those with '+'"
     ) from cause
 
@@ -318,212 +335,3 @@ def _loads(text: str) -> Any:
 def _json_kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _hint(wrong: str, there: Iterable[str]) -> str:
-    near = difflib.get_close_matches(wrong, list(there), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
-def _short(text: str) -> str:
-    text = text if len(text) <= 60 else f"{text[:57]}..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-@dataclass(frozen=True)
-class RowForm:
-    """Which columns hold the text: exactly one of `text_field`, `prompt` with `completion`, or `messages`.
-
-    Prompt and completion are both strings, or both lists of messages; messages are lists of
-    `{"role": ..., "content": ...}`.
-
-    Raises:
-        UserError: no form or more than one is given, or a prompt without a completion.
-    """
-
-    text_field: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.prompt is None) != (self.completion is None):
-            there, lacking = ("prompt", "completion") if self.completion is None else ("completion", "prompt")
-            raise UserError(f"{there} needs {lacking} beside it: they are the two columns of one form of row")
-        forms = [field for field in (self.text_field, self.prompt, self.messages) if field is not None]
-        if len(forms) != 1:
-            raise UserError(
-                f"{'more than one' if forms else 'no'} form of row is given; allowed is exactly one of text_field, "
-                "prompt with completion, messages"
-            )
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """TRL's name of each column ("text"; "prompt", "completion"; "messages") -> its name in the data set."""
-        named = {name: getattr(self, option) for name, option in _OPTIONS.items()}
-        return {name: column for name, column in named.items() if column is not None}
-
-    def check(self, dataset: Dataset, where: str = "data") -> None:
-        """Prove that `dataset` has these columns, and that they hold what they should.
-
-        Raises:
-            UserError: a column is missing (the message lists those there) or has the wrong type.
-        """
-        for name, column in self.columns.items():
-            if column not in dataset.column_names:
-                listed = ", ".join(f"'{_short(other)}'" for other in dataset.column_names[:_LISTED])
-                listed += f" and {more} more" if (more := len(dataset.column_names) - _LISTED) > 0 else ""
-                raise UserError(
-                    f"{where}: {_OPTIONS[name]}: there is no column '{column}'; the columns are {listed}"
-                    f"{_hint(column, dataset.column_names)}"
-                )
-        talk = {name: _is_messages(dataset, column) for name, column in self.columns.items()}
-        for name, column in self.columns.items():
-            feature = dataset.features[column]
-            if name == "messages" and not talk[name]:
-                raise UserError(
-                    f"{where}: messages: column '{column}' must hold lists of messages "
-                    f'{{"role": ..., "content": ...}}, but it is {_describe(feature)}'
-                )
-            if name != "messages" and not talk[name] and not _is_string(feature):
-                raise UserError(
-                    f"{where}: {_OPTIONS[name]}: column '{column}' must hold text, but it is {_describe(feature)}"
-                )
-        if talk.get("text"):
-            raise UserError(
-                f"{where}: text_field: column '{self.text_field}' holds lists of messages; "
-                f"use messages: {self.text_field}"
-            )
-        if len(set(talk.values())) > 1:
-            raise UserError(
-                f"{where}: prompt and completion must both hold text or both hold lists of messages; "
-                f"'{self.prompt}' is {_describe(dataset.features[str(self.prompt)])} and "
-                f"'{self.completion}' is {_describe(dataset.features[str(self.completion)])}"
-            )
-
-    def to_sft(self, dataset: Dataset, eos_token: str | None, bos_token: str | None = None) -> Dataset:
-        """The rows as TRL's `SFTTrainer` takes them: exactly {"text"}, {"prompt", "completion"} or {"messages"}.
-
-        `bos_token` is put in front of the text (or prompt) and `eos_token` behind the text (or completion), each
-        unless it is there. Rows without text, completion or messages are dropped (`SFTTrainer` fails on a null, and
-        trains on a bare EOS where the text is empty).
-
-        What TRL 1.16 does by itself (`SFTTrainer._prepare_dataset`):
-
-        - text and prompt + completion: it appends `tokenizer.eos_token` to the text (or the completion) unless it
-          already ends with it, so appending it here as well never doubles it, and makes the rows complete for anyone
-          else who reads them. A tokenizer without an EOS token makes TRL fail in `str.endswith`;
-        - it then tokenizes with special tokens, so a tokenizer that puts BOS in front does so; a tokenizer whose own
-          post-processor appends EOS (`add_eos_token=True`) ends in two of them, and only the tokenizer can mend that;
-        - prompt and prompt + completion are tokenized separately, and the completion starts where the two differ;
-          the loss is on the completion alone unless `completion_only_loss=False`;
-        - messages go through the chat template, and nothing is appended: the end of a turn is the template's affair.
-          So nothing is appended to them here either.
-
-        Raises:
-            UserError: the columns are not there (see `check`), or no row is left.
-        """
-        self.check(dataset)
-        names = self.columns
-        rows = dataset.select_columns(list(names.values()))
-        # By way of names that cannot clash: the prompt's column may be called "completion".
-        rows = rows.rename_columns({column: f"_{name}" for name, column in names.items()})
-        rows = rows.rename_columns({f"_{name}": name for name in names})
-        rows = rows.filter(_filled)
-        if len(rows) == 0:
-            columns = " and ".join(f"'{column}'" for column in names.values())
-            raise UserError(f"data: every row is empty in {columns}; at least one row with text is needed")
-        first, last = ("prompt", "completion") if "completion" in names else ("text", "text")
-        if bos_token and first in names and _is_string(rows.features[first]):
-            rows = rows.map(_with_beginning, fn_kwargs={"column": first, "beginning": bos_token})
-        if eos_token and last in names and _is_string(rows.features[last]):
-            rows = rows.map(_with_ending, fn_kwargs={"column": last, "ending": eos_token})
-        return rows
-
-    def documents(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The text of each row, to measure perplexity on: the text; the prompt with its completion; or what the
-        tokenizer's chat template makes of the messages. Empty ones are dropped.
-
-        Raises:
-            UserError: the columns are not there (see `check`); there are messages, and the tokenizer has no chat
-                template, or the template refuses them.
-        """
-        self.check(dataset)
-        names = self.columns
-        rows = dataset.select_columns(list(names.values()))
-        texts = []
-        for number, row in enumerate(rows, start=1):
-            parts = [row[column] for column in names.values()]
-            if any(part is None for part in parts):
-                continue
-            if isinstance(parts[0], str):
-                text = "".join(parts)
-            else:
-                messages = [message for part in parts for message in part]
-                text = _templated(messages, tokenizer, number) if messages else ""
-            if text.strip():
-                texts.append(text)
-        return texts
-
-
-def _templated(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(
-            "data: the rows are messages, but the tokenizer has no chat template; use a model that has one (mostly "
-            "those called Instruct or Chat), or rows of text or of prompt and completion"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:
-        raise UserError(
-            f"data: the tokenizer's chat template refuses the messages of row {number}: {error}"
-        ) from error
-
-
-def _filled(row: dict[str, Any]) -> bool:
-    """Is there something to train on? A prompt may be empty, its completion may not."""
-    if any(value is None for value in row.values()):
-        return False
-    last = next(row[name] for name in ("text", "completion", "messages") if name in row)
-    if isinstance(last, str):
-        return bool(last.strip())
-    return all(len(messages) > 0 for messages in row.values())
-
-
-def _with_beginning(row: dict[str, Any], column: str, beginning: str) -> dict[str, Any]:
-    text = row[column]
-    return {column: text if text.startswith(beginning) else beginning + text}
-
-
-def _with_ending(row: dict[str, Any], column: str, ending: str) -> dict[str, Any]:
-    text = row[column]
-    return {column: text if text.endswith(ending) else text + ending}
-
-
-def _is_string(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-def _is_messages(dataset: Dataset, column: str) -> bool:
-    from datasets import LargeList, List
-
-    feature = dataset.features[column]
-    if not isinstance(feature, List | LargeList):
-        return False
-    if isinstance(feature.feature, dict) and _is_string(feature.feature.get("content")):
-        return _is_string(feature.feature.get("role"))
-    # Messages with differing keys, or content in parts, come as free-form JSON: only the values can tell.
-    values = dataset.select(range(min(_CHECKED_ROWS, len(dataset))))[column]
-    messages = [message for value in values if value is not None for message in value]
-    return bool(messages) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
-        for message in messages
-    )
-
-
-def _describe(feature: Any) -> str:
-    from datasets import Features
-
-    if not hasattr(feature, "dtype") or isinstance(feature, dict):
-        return f"{Features({'_': feature})['_']}"
-    return f"of type {feature.dtype}" if type(feature).__name__ == "Value" else str(feature)

@@ -15,21 +15,18 @@ from hqqplus.data import (
     _ALLOWED,
     _BUILDERS,
     _SUFFIXES,
-    RowForm,
     _bad_split,
     _embedded,
-    _filled,
     _json_kind,
     _looks_local,
     _no_split,
     _refuse_config,
     _refuse_fatal,
     _translate,
-    _with_beginning,
-    _with_ending,
     load_rows,
 )
 from hqqplus.errors import UserError
+from hqqplus.row_forms import RowForm, filled, with_beginning, with_ending
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -168,6 +165,45 @@ def _line_fault(path_or_name: str) -> str | None:
     return None
 
 
+def plain_stream(
+    stream: IterableDataset, form: RowForm, tokenizer: Any, name: str, where: str
+) -> tuple[IterableDataset, RowForm]:
+    """`RowForm.plain` for a stream. A row that is malformed is refused where it is read.
+
+    Raises:
+        UserError: a column is missing or has the wrong type, the beginning cannot be read, or there is no row.
+    """
+    from datasets import Dataset
+
+    if form.is_plain:
+        return stream, form
+    try:
+        first = list(stream.take(_CHECKED_ROWS))
+    except Exception as error:
+        raise read_fault(error, name, where) from error
+    if not first:
+        raise UserError(f"{where}: '{name}' is empty; at least one row is needed")
+    there = list(dict.fromkeys(column for row in first for column in row))
+    # Of any type: a row of the wrong one is told by its number.
+    form.check(Dataset.from_dict({column: [] for column in there}), where)
+    turned, plain = form.turned(tokenizer, where)
+    return stream.map(_Turned(turned), with_indices=True, remove_columns=there), plain
+
+
+class _Turned:
+    """A row of another project's form -> the same in one of ours."""
+
+    def __init__(self, turned: Any) -> None:
+        self.turned = turned
+
+    def __call__(self, row: dict[str, Any], place: int) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self.turned(row, place)
+        except UserError as error:
+            raise StreamFault(str(error)) from None
+        return found
+
+
 # What is known before training ---------------------------------------------------------------------------------------
 
 
@@ -207,6 +243,8 @@ class Streamed:
         try:
             for row in stream.take(_CHECKED_ROWS):
                 first.append(row)
+        except UserError:
+            raise
         except Exception as error:
             raise read_fault(error, name, where) from error
         if not first:
@@ -264,11 +302,11 @@ class Streamed:
 
 def to_sft(rows: IterableDataset, columns: list[str], eos_token: str | None, bos_token: str | None) -> IterableDataset:
     """`RowForm.to_sft` for a stream whose text columns are `columns`: empty rows left out, BOS and EOS where given."""
-    rows = rows.filter(lambda row: _filled({name: value for name, value in row.items() if name != PLACE}))
+    rows = rows.filter(lambda row: filled({name: value for name, value in row.items() if name != PLACE}))
     if bos_token and columns:
-        rows = rows.map(_with_beginning, fn_kwargs={"column": columns[0], "beginning": bos_token})
+        rows = rows.map(with_beginning, fn_kwargs={"column": columns[0], "beginning": bos_token})
     if eos_token and columns:
-        rows = rows.map(_with_ending, fn_kwargs={"column": columns[-1], "ending": eos_token})
+        rows = rows.map(with_ending, fn_kwargs={"column": columns[-1], "ending": eos_token})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Models by name: parents, packed folders, packed folders with an adapter; and what is written of them.
+"""Models by name: parents, packed folders, packed folders with an adapter.
 
 The trap that this module exists for: a packed folder read by transformers alone, without `import hqqplus`, comes up
 as a freshly initialised model with no more than a warning. `hqqplus.load` cannot be used without importing it.
@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hqqplus.adapters import eight_bit
+from hqqplus.adapters.card import packed_card
 from hqqplus.adapters.fingerprint import (
     CONTENTS,
     PARENT,
@@ -29,10 +31,10 @@ from hqqplus.adapters.fingerprint import (
 )
 from hqqplus.digests import checkpoint_digest, weight_files
 from hqqplus.errors import UserError
-from hqqplus.files import check_output, replacing_folder, write_text
+from hqqplus.files import write_text
 from hqqplus.kernels import int8
 from hqqplus.model_names import check_folder, is_local, one_sentence, resolve_name
-from hqqplus.modules import PackedLinear, packed_modules
+from hqqplus.modules import PackedLinear, PackedStack, packed_modules
 from hqqplus.quantization.solver import SOLVER_VERSION
 from hqqplus.untrusted import check_adapter_files, check_links, read_json
 
@@ -128,7 +130,8 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    from hqqplus.integrations.transformers import cast_unpacked, refuse_spread  # also registers the quantizer
+    # also registers the quantizer
+    from hqqplus.integrations.transformers import cast_unpacked, packing_shown, refuse_spread
 
     with one_sentence(name, where):
         refuse_spread(device_map)
@@ -147,7 +150,8 @@ def load_causal_lm(
         arguments["device_map"] = device_map
     elif device.type != "cpu":
         arguments["device_map"] = {"": device}
-    with one_sentence(name, where), _load_report():
+    shown = packing_shown() if quantization is not None else nullcontext()
+    with one_sentence(name, where), _load_report(), shown:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_name(name), use_safetensors=True, output_loading_info=True, **arguments
         )
@@ -283,6 +287,33 @@ def load_with_tokenizer(
     return model, tokenizer
 
 
+def load_unadapted(
+    name: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    allow_mismatch: bool = False,
+) -> tuple[str, str | Path | None, Any, Any]:
+    """(base name, adapter folder, base model, tokenizer): what `load_with_tokenizer` loads, checked in the same way,
+    with the adapter still to be put on.
+
+    Raises:
+        UserError: as `load_with_tokenizer`.
+    """
+    base, adapter, model = _load_base(name, adapter, revision, dtype, device, trust_remote_code, allow_mismatch)
+    has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(
+        str(adapter) if has_tokenizer else base, trust_remote_code=trust_remote_code, where="model"
+    )
+    if adapter is not None:
+        _warn(_check_base(model, adapter, base, allow_mismatch))
+    _check_folder(base, adapter, model, tokenizer, allow_mismatch)
+    return base, adapter, model, tokenizer
+
+
 def _check_folder(name: str | Path, adapter: str | Path | None, model: Any, tokenizer: Any, allow: bool) -> None:
     """Check what `load` alone does not: the tokenizer."""
     folder = resolve_name(str(name)) if adapter is None else adapter
@@ -361,7 +392,7 @@ def _load_base(
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"adapter: {adapter}: this folder holds no adapter (no adapter_config.json)")
-        if not any(Path(adapter).glob("adapter_model.*")):
+        if not any(Path(adapter).glob("adapter_model.*")) and not eight_bit.is_packed(adapter):
             raise UserError(f"adapter: {adapter}: this folder holds no weights (no adapter_model.safetensors)")
         fingerprint = Fingerprint.read(adapter)
         if fingerprint is not None and fingerprint.base == base:
@@ -406,9 +437,10 @@ def _check_repeatable(
 
 
 def _packed_beside(adapter: str | Path, fingerprint: Fingerprint) -> str | None:
-    """The packed folder that a run left beside the adapter in folder `adapter`, if it is the adapter's base."""
-    for name in PACKED_FOLDERS:
-        folder = Path(adapter).absolute().parent / name
+    """The packed folder that a run left beside the adapter in folder `adapter`, or that came within it, if it is its
+    base."""
+    home = Path(adapter).absolute()
+    for folder in (home / PACKED_FOLDERS[0], *(home.parent / name for name in PACKED_FOLDERS)):
         found = Fingerprint.read(folder)
         if found is not None and found.packed_sha256 == fingerprint.packed_sha256 and is_packed(str(folder)):
             return str(folder)
@@ -427,6 +459,8 @@ def use_int8(model: Any, name: str) -> None:
         raise UserError(f"compute: int8 is for layers of 1 bit with axis 1, and {name} has none")
     for layer in layers.values():
         layer.compute = "int8"
+    if any(isinstance(module, PackedStack) for module in model.modules()):
+        _log.warning("int8: experts take the 16-bit route")
     if others:
         specs = {path: layers[path].spec for path in others}
         named = [f"{path} ({s.nbits}-bit{', axis 0' if s.axis == 0 else ''})" for path, s in specs.items()]
@@ -458,8 +492,9 @@ def put_adapter(
     with one_sentence(str(adapter), "adapter"):
         if not Path(adapter).is_dir():
             return PeftModel.from_pretrained(model, str(adapter)).eval()
-        stored = check_adapter_files(adapter)
-        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+        with eight_bit.standard(adapter) as folder:
+            stored = check_adapter_files(folder)
+            adapted = PeftModel.from_pretrained(model, str(folder)).eval()
         _check_complete(adapted, stored)
         return adapted
 
@@ -520,46 +555,7 @@ def write_companions(folder: Path, tokenizer: Any, fingerprint: Fingerprint) -> 
     """Write what lies beside the tensors of a packed model: the tokenizer, the fingerprint, a card."""
     tokenizer.save_pretrained(folder)
     fingerprint.write(folder)
-    write_text(folder / "README.md", _PACKED_CARD.format(what=fingerprint.describe()))
-
-
-def export(
-    name: str,
-    adapter: str | Path | None,
-    output: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_mismatch: bool = False,
-) -> None:
-    """Write dequantized base + adapter as an ordinary 16-bit checkpoint, for tools that know nothing of packed layers.
-
-    The size is the parent's again; the quality is that of the recovered model, up to the rounding to `dtype`.
-
-    Args:
-        allow_mismatch: warn instead of refusing what does not belong together.
-
-    Raises:
-        UserError: if base or adapter are missing, damaged, or do not belong together.
-    """
-    check_output(output, "output")
-    base, adapter, model = _load_base(name, adapter, revision, torch.float32, "cpu", trust_remote_code, allow_mismatch)
-    has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(
-        str(adapter) if has_tokenizer else base, trust_remote_code=trust_remote_code, where="model"
-    )
-    if adapter is not None:
-        _warn(_check_base(model, adapter, base, allow_mismatch))
-    _check_folder(base, adapter, model, tokenizer, allow_mismatch)
-    if getattr(model, "is_quantized", False):
-        model = model.dequantize(torch.float32)
-    if adapter is not None:
-        # Merged only now, in full precision: nothing is quantized a second time.
-        model = put_adapter(model, adapter, check=False).merge_and_unload()
-    with replacing_folder(output) as temporary:
-        model.to(dtype).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    write_text(folder / "README.md", packed_card(fingerprint))
 
 
 def parent_weights(name: str, revision: str | None = None) -> Callable[[str], torch.Tensor]:
@@ -588,20 +584,3 @@ def parent_weights(name: str, revision: str | None = None) -> Callable[[str], to
             return tensors.get_tensor(key)
 
     return read
-
-
-_PACKED_CARD = """---
-library_name: hqqplus
----
-
-# {what}
-
-**Import `hqqplus` before loading this folder.** transformers alone does not know the format: it would bring the model
-up with random weights and only a warning.
-
-```python
-import hqqplus
-
-model = hqqplus.load("THIS_FOLDER")
-```
-"""

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from hqqplus.errors import UserError
+from hqqplus.foreign_forms import prompt_problem
 from hqqplus.recipe_values import (
     EMPTY,
     IN_WORDS,
@@ -41,6 +42,7 @@ from hqqplus.recipe_values import (
     NameOrNames,
     Names,
     PatternFields,
+    Place,
     Ranks,
     Switch,
     Texts,
@@ -56,7 +58,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TRACKERS", "Recipe", "differences", "identity", "load_recipe", "recipe_digest", "to_dict"]
 
-FORMS = "exactly one of text_field, prompt + completion, and messages"
+FORMS = "exactly one of text_field, prompt + completion, messages, alpaca, and sharegpt"
+_FORM_KEYS = ("text_field", "prompt", "completion", "messages", "alpaca", "sharegpt")
 
 # Sections ------------------------------------------------------------------------------------------------------------
 
@@ -213,10 +216,13 @@ class Recovery(Section):
 
 
 class Data(Section):
-    """What is trained on. Exactly one form: a column of text, prompt and completion, or messages.
+    """What is trained on. Exactly one form: a column of text, prompt and completion, messages, rows of alpaca
+    (instruction, input and output; `alpaca_prompt` makes a prompt of the first two), or a column of conversations as
+    sharegpt has them.
 
     `streaming` reads rows while they are trained on, through a buffer of `shuffle_buffer` rows (0: in their order).
-    `masked_rows` says what becomes of rows without a token that the loss sees.
+    `masked_rows` says what becomes of rows without a token that the loss sees. `cache` is where prepared rows are kept
+    for the next start: true for beside the cache of datasets, a folder, or false for nowhere.
     """
 
     path_or_name: Name
@@ -228,16 +234,20 @@ class Data(Section):
     prompt: Name | None = None
     completion: Name | None = None
     messages: Name | None = None
+    alpaca: bool = False
+    alpaca_prompt: Name | None = None
+    sharegpt: Name | None = None
     max_length: Annotated[int, Field(ge=8)] = 1024
     packing: Switch = "auto"
     eos: bool = True
     streaming: bool = False
     shuffle_buffer: Annotated[int, Field(ge=0)] = 1000
     masked_rows: Literal["refuse", "drop"] = "refuse"
+    cache: Place = True
 
     @classmethod
     def _cross_checks(cls, values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-        given = [name for name in ("text_field", "prompt", "completion", "messages") if values.get(name) is not None]
+        given = [name for name in _FORM_KEYS if _is_given(values, name)]
         pair = [name for name in given if name in ("prompt", "completion")]
         if len(pair) == 1:
             other = "completion" if pair == ["prompt"] else "prompt"
@@ -245,13 +255,23 @@ class Data(Section):
         if len(given) - max(len(pair) - 1, 0) > 1:
             clash = f"{', '.join(given)} are given; {FORMS} is needed (null unsets an inherited one)"
             yield (given[-1],), clash
+        template = values.get("alpaca_prompt")
+        if isinstance(template, str) and template:
+            problem = prompt_problem(template) if values.get("alpaca") is True else "goes with alpaca: true"
+            if problem:
+                yield ("alpaca_prompt",), problem
 
     @model_validator(mode="before")
     @classmethod
     def _text_is_the_default_form(cls, values: Any) -> Any:
-        if all(values.get(name) is None for name in ("text_field", "prompt", "completion", "messages")):
+        if not any(_is_given(values, name) for name in _FORM_KEYS):
             return {**values, "text_field": "text"}
         return values
+
+
+def _is_given(values: Mapping[str, Any], form: str) -> bool:
+    """Whether a form of rows is given; `alpaca: false` gives none."""
+    return values.get(form) is not None and values[form] is not False
 
 
 class Evaluation(Section):
@@ -415,10 +435,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: with everything that is wrong, a line each: `recipe.yaml:14: training.optim: ...`.
     """
+    return load_as(Recipe, path, overrides)
+
+
+Schema = TypeVar("Schema", bound=Section)
+
+
+def load_as(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> Schema:
+    """`load_recipe` for a recipe of another shape."""
     document = read(path, overrides)
     problems = list(document.problems)
     try:
-        recipe = Recipe.model_validate(document.values)
+        recipe = schema.model_validate(document.values)
     except ValidationError as error:
         for details in error.errors(include_url=False):
             key = details["loc"]
@@ -441,7 +469,7 @@ WITHOUT_EFFECT = (
 """How the names of those training fields begin that leave the trained weights as they are."""
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
+def to_dict(recipe: Section) -> dict[str, Any]:
     """The whole recipe as JSON has it, defaults included; `Recipe.model_validate` makes an equal one of it."""
     return _thawed(recipe)
 
@@ -456,7 +484,11 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
         kept[name] = {key: value for key, value in kept.get(name, {}).items() if key != place}
     data = kept.get("data", {})
     # Rows without a loss train nothing, whatever becomes of them.
-    left_out = ["masked_rows"] if data.get("streaming") else ["masked_rows", "streaming", "shuffle_buffer"]
+    left_out = {"masked_rows", "cache"} if data.get("streaming") else {
+        "masked_rows", "cache", "streaming", "shuffle_buffer"
+    }  # fmt: skip
+    # Not given they say nothing, and recipes from before there were such forms keep their digest.
+    left_out |= {name for name in ("alpaca", "alpaca_prompt", "sharegpt") if not data.get(name)}
     kept["data"] = {name: value for name, value in data.items() if name not in left_out}
     # The workers of a loader share out the files of a stream, which decides the order of its rows.
     matters = ("dataloader_num_workers",) if data.get("streaming") else ()

@@ -194,6 +194,11 @@ def _switch_problems(value: Any) -> Iterator[tuple[Key, str]]:
         yield (), wrong_type(value, "true, false or auto")
 
 
+def _place_problems(value: Any) -> Iterator[tuple[Key, str]]:
+    if not isinstance(value, bool | str) or value == "":
+        yield (), wrong_type(value, "true, false or the path of a folder")
+
+
 def _rank_problems(ranks: Any) -> Iterator[tuple[Key, str]]:
     if not isinstance(ranks, Mapping):
         yield (), wrong_type(ranks, "a mapping of name patterns to ranks")
@@ -212,6 +217,7 @@ Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Name, ...], to_tuple]
 Alpha = Annotated[int | float | None, checked(alpha_problems, lambda value: value)]
 Switch = Annotated[bool | Literal["auto"], checked(_switch_problems, lambda value: value)]
+Place = Annotated[bool | str, checked(_place_problems, lambda value: value)]
 Gain = Annotated[float | Literal["auto"], BeforeValidator(lambda v, info: v if v == "auto" else spec_value(v, info))]
 Ranks = Annotated[Mapping[str, int], checked(_rank_problems, FrozenMapping), null_is_empty]
 Trackers = Annotated[str | tuple[str, ...], checked(_tracker_problems, frozen)]

@@ -82,6 +82,11 @@ class StoredTensor:
         """
         return self._read(0, self.size).reshape(self.shape)
 
+    def part(self, index: int) -> Tensor:
+        """Entry `index` of the first dimension, in memory of its own."""
+        size = byte_size((self.shape[1:], self.dtype))
+        return self._read(index * size, size).reshape(self.shape[1:])
+
     def pieces(self, size: int = 2**26) -> Iterable[Tensor]:
         """The tensor flattened, in pieces of at most `size` bytes."""
         size -= size % self.dtype.itemsize

@@ -1,15 +1,17 @@
 """Quantize, recover, measure, ship: the whole run, from one recipe.
 
     accelerate launch -m hqqplus.train recipes/llama3_8b_1bit.yaml [key=value ...]
-    python -m hqqplus.train recipes/embedded_2bit.yaml [--allow-mismatch]
+    python -m hqqplus.train recipes/embedded_2bit.yaml [--allow-mismatch] [--quiet] [--json]
 
 The same command again continues from the last complete checkpoint, or says that the run is finished. SIGTERM, SIGINT
 and SIGUSR1 stop it at the next optimizer step with a checkpoint; it then exits with 128 + the signal's number.
+--quiet shows no progress, only the report; --json writes the report as JSON on stdout, and nothing else there.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hqqplus import progress
 from hqqplus.errors import UserError
 from hqqplus.recipe import Recipe, load_recipe, recipe_digest, to_dict
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from hqqplus.recovery.measure import Measurement
     from hqqplus.recovery.stopping import Stopper
 
-ALLOW_MISMATCH = "--allow-mismatch"
+ALLOW_MISMATCH, QUIET, JSON = "--allow-mismatch", "--quiet", "--json"
 
 
 def run(recipe: Recipe, allow_mismatch: bool = False) -> Report:
@@ -33,7 +36,8 @@ def run(recipe: Recipe, allow_mismatch: bool = False) -> Report:
 
     Writes to `recipe.output_dir`: `adapter/` (weights in bf16, tokenizer, model card, `hqqplus.json`),
     `backbone/` (the packed model that the adapter belongs to, where its scales were trained), `report.json`,
-    `report.md`, `report.png`, and the checkpoints of the training.
+    `report.md`, `report.png`, `report.html`, `layers.json` (where it is known how well each layer was quantized), and
+    the checkpoints of the training.
 
     Args:
         allow_mismatch: go on where parent, tokenizer, data or packed model are not those of the checkpoint, or of the
@@ -47,7 +51,7 @@ def run(recipe: Recipe, allow_mismatch: bool = False) -> Report:
     from hqqplus.recovery.stopping import Stopper
 
     state = processes.start(recipe)
-    with Stopper(state.num_processes).listening() as stopper, ExitStack() as held:
+    with Stopper(state.num_processes).listening() as stopper, progress.output(), ExitStack() as held:
         return _run(recipe, state, stopper, held, allow_mismatch)
 
 
@@ -62,11 +66,14 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
     from hqqplus.adapters.bake import bake_backbone
     from hqqplus.adapters.card import model_card
     from hqqplus.adapters.fingerprint import DATA
+    from hqqplus.adapters.licence import find_licence
     from hqqplus.adapters.scales import bake_scales
     from hqqplus.digests import text_digest
+    from hqqplus.evaluation.layers import FILE_NAME as LAYERS
+    from hqqplus.evaluation.page import write_page
     from hqqplus.evaluation.perplexity import make_windows, perplexity, recovery
     from hqqplus.evaluation.report import Report, environment, print_report, write_report
-    from hqqplus.files import locked_folder, made_folder
+    from hqqplus.files import locked_folder, made_folder, write_json
     from hqqplus.integrations.fsdp import streamed
     from hqqplus.integrations.peft import without_adapters
     from hqqplus.integrations.trl import RecoveryTrainer, sft_config
@@ -75,6 +82,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
     from hqqplus.recovery.agreement import from_main
     from hqqplus.recovery.backbone import base_folder, load_backbone, load_options, parent_of
     from hqqplus.recovery.calibrated import Text, calibration_folder
+    from hqqplus.recovery.costs import Costs
     from hqqplus.recovery.measure import Meter, Notebook
     from hqqplus.recovery.rows import describe_rows
     from hqqplus.recovery.run_identity import changed_versions, check_identity, run_identity
@@ -85,13 +93,10 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
     # 1. Where: the settings of the trainer, a checkpoint to continue from.
     output_dir = Path(recipe.output_dir)
 
-    def say(text: str) -> None:
-        if state.is_main_process:
-            print(f"hqqplus: {text}", flush=True)
-
+    say, warn = progress.say, progress.warn
     finished = from_main(state, lambda: summary.finished(output_dir, recipe))
     if finished is not None:
-        say(f"already finished: adapter in {output_dir / ADAPTER_FOLDER}, report in {output_dir / 'report.md'}")
+        warn(f"already finished: adapter in {output_dir / ADAPTER_FOLDER}, report in {output_dir / 'report.md'}")
         return finished
 
     def hold() -> None:
@@ -109,7 +114,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
     sharded = processes.is_sharded(settings, state)
     sft_config(settings, "recipe")
     for broken, reason in found.skipped.items():
-        say(f"{broken} is skipped: {reason}; it is kept as {checkpoints.damaged_name(broken)}")
+        warn(f"{broken} is skipped: {reason}; it is kept as {checkpoints.damaged_name(broken)}")
     if state.is_main_process:
         checkpoints.put_aside(output_dir, list(found.skipped))
     state.wait_for_everyone()
@@ -131,15 +136,18 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
         here, allowed = from_main(state, checked)
         if known:  # all of it, so that nothing is said twice
             for sentence in allowed:
-                say(sentence)
+                warn(sentence)
         return here
 
     known = identify()
     if resume:
         for sentence in changed_versions(resume.versions, versions, str(found.folder)):
-            say(sentence)
+            warn(sentence)
     data = setup.load_data(recipe, tokenizer, say)
-    rows = setup.TrainingRows(data.train, tokenizer, settings, recipe.data.packing, say, recipe.data.masked_rows)
+    cache = setup.row_cache(recipe, say)
+    rows = setup.TrainingRows(
+        data.train, tokenizer, settings, recipe.data.packing, say, recipe.data.masked_rows, cache
+    )
     rows.check()
     if not there:
         # Not before: what is refused leaves nothing behind.
@@ -154,6 +162,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
         windows, tokenizer, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens, recipe.evaluation.batch_size
     )
     notes = Notebook(output_dir, writes=state.is_main_process)
+    costs = Costs(notes, recipe_digest(recipe), state.device)
     described = to_dict(recipe)
     depends = {key: described[key] for key in ("model", "data", "evaluation", "seed")} | {
         "device": str(state.device.type),
@@ -169,8 +178,9 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
 
         def measure_parent() -> Measurement:
             say(f"measuring the parent {name}")
-            model = models.load_causal_lm(name, **{**load_options(recipe, state.device), "revision": revision})
-            measured = meter.measure(model, model_bytes(model))
+            with costs.stage("measure parent"):
+                model = models.load_causal_lm(name, **{**load_options(recipe, state.device), "revision": revision})
+                measured = meter.measure(model, model_bytes(model))
             del model
             _free(torch)
             return measured
@@ -179,12 +189,15 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
         say(f"parent: perplexity {parent.perplexities[setup.EVALUATION_SET]:.2f}")
     teacher = teaching.settle_teacher(recipe, named, state.device, say)
     if teacher == "cache" and named is not None:
-        teaching.write_cache(recipe, named, rows, state.device, say)
+        with costs.stage("teacher"):
+            teaching.write_cache(recipe, named, rows, state.device, say)
         _free(torch)
 
     # 4. The backbone: calibrated where the recipe says so, quantized, then frozen.
     text = Text(data.documents, tokenizer)
-    backbone = load_backbone(recipe, state.device, versions, text, resume is None, say, allow_mismatch)
+    backbone = load_backbone(recipe, state.device, versions, text, resume is None, warn, allow_mismatch, costs.stage)
+    if backbone.layers is not None and state.is_main_process:
+        write_json(output_dir / LAYERS, backbone.layers.to_json())
     model = backbone.model.requires_grad_(False)
     bpw, backbone_bytes = bits_per_weight(model), model_bytes(model)
     quantization = [depends, described["quantization"], described["calibration"], backbone.fingerprint.packed_sha256]
@@ -194,11 +207,12 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
         # With FSDP once the model is sharded, and has its adapter: before that it is whole nowhere.
         nonlocal quantized
         if quantized is None:
-            with without_adapters(model):
+            with without_adapters(model), costs.stage("measure quantized"):
                 quantized = notes.note("quantized", quantization, meter.measure(model, backbone_bytes))
         perplexity_of = quantized.perplexities[setup.EVALUATION_SET]
         say(f"quantized to {bpw:.2f} bits per weight: perplexity {perplexity_of:.2f}")
 
+    weights = summary.linear_weights(model)
     if not sharded:
         measure_quantized()
 
@@ -251,7 +265,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
     )
     if resume:
         say(f"continuing from {found.folder}")
-    with stopper.at_whole_steps(), tracking:
+    with stopper.at_whole_steps(), tracking, costs.stage("train"):
         trainer.train(resume_from_checkpoint=str(found.folder) if resume else None)
     if number := trainer.stopped or stopper.requested:
         raise Interrupted(number, how_to_go_on(number, trainer.last_checkpoint))
@@ -263,7 +277,8 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
     _free(torch)
     bake_scales(model)
     round_adapter(model)
-    recovered = meter.measure(model, backbone_bytes + adapter_bytes)
+    with costs.stage("measure recovered"):
+        recovered = meter.measure(model, backbone_bytes + adapter_bytes)
     measured = {"parent": parent, "quantized": quantized, "recovered": recovered}
     perplexities: dict[str, Any] = {
         stage: m.perplexities[setup.EVALUATION_SET] if m else None for stage, m in measured.items()
@@ -277,6 +292,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
         parent_bytes=parent.model_bytes if parent else 0,
         adapter_bytes=adapter_bytes,
         adapter_parameters=parameters,
+        linear_weights=weights,
         train_seconds=seconds,
         tokens_per_second=tokens / seconds if seconds else 0.0,
         device=torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type,
@@ -292,6 +308,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
         },
         recipe=described,
         versions=versions,
+        costs=costs.to_dict(seconds),
     )
 
     # 8. Ship: the base, if its scales were trained; adapter, card, fingerprint and report. The main process writes;
@@ -306,17 +323,18 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
         title=f"{output_dir.name} adapter",
         recipe=described,
         report=report,
-        base=fingerprint.base,
-        packed=bool(fingerprint.unrepeatable),
+        fingerprint=fingerprint.with_tokenizer(tokenizer),
+        licence=find_licence(fingerprint.base, fingerprint.revision),
     )
     ship_adapter(model, tokenizer, output_dir / ADAPTER_FOLDER, fingerprint, card, writes=writes)
     if writes:
         # Where there is a report nothing is left to do.
         if (saved := base_folder(recipe)) is not None:
             shutil.rmtree(calibration_folder(saved), ignore_errors=True)
+        write_page(report, backbone.layers, output_dir)
         write_report(report, output_dir, summary.how_to_load(base, output_dir / ADAPTER_FOLDER))
         print_report(report)
-        say(f"adapter in {output_dir / ADAPTER_FOLDER}, report in {output_dir / 'report.md'}")
+        warn(f"adapter in {output_dir / ADAPTER_FOLDER}, report in {output_dir / 'report.md'}")
     state.wait_for_everyone()
     return report
 
@@ -327,16 +345,34 @@ def _free(torch: Any) -> None:
         torch.cuda.empty_cache()
 
 
+def run_shown(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    allow_mismatch: bool = False,
+    quiet: bool = False,
+    as_json: bool = False,
+) -> None:
+    """`run` with the options of the command line: what it shows, and where.
+
+    Raises:
+        UserError, Interrupted: as `load_recipe` and `run`.
+    """
+    with progress.output(quiet, as_json):
+        report = run(load_recipe(recipe, overrides), allow_mismatch)
+    if as_json and progress.is_main_process():
+        print(json.dumps(report.to_json(), indent=2))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m hqqplus.train RECIPE [key=value ...] [--allow-mismatch]`; returns the exit code (2 for a user's
+    """`python -m hqqplus.train RECIPE [key=value ...]` with its options; returns the exit code (2 for a user's
     mistake)."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = [argument for argument in given if argument != ALLOW_MISMATCH]
+    arguments = [argument for argument in given if argument not in (ALLOW_MISMATCH, QUIET, JSON)]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     try:
-        run(load_recipe(arguments[0], arguments[1:]), allow_mismatch=ALLOW_MISMATCH in given)
+        run_shown(arguments[0], arguments[1:], ALLOW_MISMATCH in given, QUIET in given, JSON in given)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ settings.register_profile("hqqplus", deadline=None, derandomize=bool(os.environ.
 settings.load_profile("hqqplus")
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = ("test_readme.py", "test_notebooks.py", "test_docs.py", "test_kills.py", "test_exact_resume.py")
 SHARED = ROOT.parent / "shared"
 
 
@@ -43,8 +44,8 @@ def load_benchmark(name: str) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    # The longest file first: the processes that share the files out then end together.
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    # The longest files first: the processes that share the files out then end together.
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -84,16 +85,23 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     return make
 
 
-def _write_random_model(folder: Path, kind: str, tied: bool) -> Path:
-    import torch
+def byte_tokenizer() -> Any:
+    """A tokenizer of 259 tokens: the bytes, begin, end and padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def _write_random_model(folder: Path, kind: str, tied: bool) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = byte_tokenizer()
     config = AutoConfig.for_model(
         kind,
         vocab_size=272,

@@ -340,8 +340,14 @@ class TestHybrid:
         with pytest.raises(UserError, match="do more than look rows up"):
             hybrid_plan(on_meta("gemma", head_dim=32, **small), QuantSpec())
         fused = on_meta("mixtral", num_key_value_heads=2, num_local_experts=2, **small)
-        with pytest.raises(UserError, match="experts fused into one tensor"):
-            hybrid_plan(fused, QuantSpec(), down_proj=4)
+        with pytest.raises(UserError, match=r"experts\.\w+ holds the matrices of experts, and bits are shared out"):
+            layer_errors(fused)
+        plan = hybrid_plan(fused, QuantSpec(), down_proj=4, embeddings=None)
+        down = plan.override_for("model.layers.0.mlp.experts.down_proj")
+        assert down is not None
+        assert down.nbits == 4
+        assert plan.override_for("model.layers.0.mlp.experts.gate_up_proj") is None
+        assert "| mlp.experts.down_proj | 0 | 4 | 32 |" in describe_plan(fused, plan)
         with pytest.raises(UserError, match="no list of blocks"):
             decoder_blocks(nn.Sequential(nn.Linear(2, 2)))
 

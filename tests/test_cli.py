@@ -35,7 +35,10 @@ from hqqplus.modules import packed_modules
 IDS = torch.arange(3, 35).view(1, -1)
 TEXTS = ["once upon a time", "there was a model", "of very few bits"]
 GROUPS = ("--group-size", 32, "--metadata-bits", 16)
-VERBS = ("train", "validate", "quantize", "evaluate", "table", "generate", "export", "env")
+VERBS = (
+    "train", "validate", "estimate", "quantize", "convert", "evaluate", "table", "classify", "report", "compare",
+    "generate", "chat", "serve", "ship", "export", "env",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -469,7 +472,9 @@ def test_the_distance_to_another_parent_is_refused_or_allowed(made: SimpleNamesp
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_export_and_reload_as_an_ordinary_model(made: SimpleNamespace, tmp_path: Path, dtype: str) -> None:
     said = run("export", made.packed, tmp_path / "plain", "--adapter", made.adapter, "--dtype", dtype)
-    assert said == f"{tmp_path / 'plain'}: an ordinary checkpoint in {dtype}\n"
+    first, second = said.splitlines()
+    assert first == f"{tmp_path / 'plain'}: an ordinary checkpoint in {dtype}"
+    assert re.fullmatch(r"verified: logits differ by \S+ \(root mean square\) .*", second)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     assert not packed_modules(model)
     assert (model(IDS).logits - made.logits).abs().max() < 0.05
@@ -537,6 +542,26 @@ def test_env_shows_which_kernel_serves_what(monkeypatch: pytest.MonkeyPatch) -> 
             CliRunner().invoke(cli.app, ["env"], catch_exceptions=False)
     finally:
         routes.for_capability.cache_clear()
+
+
+def test_validate_looks_at_the_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say one", "input": "", "output": "one"}\n' * 4)
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{name_or_path: embedded:pydoc}}\noutput_dir: {tmp_path}/out\n"
+        f"data: {{path_or_name: {tmp_path}/rows.jsonl, alpaca: true, max_length: 8, masked_rows: drop}}\n"
+    )
+    with pytest.raises(UserError, match="no supervised token"):
+        CliRunner().invoke(cli.app, ["validate", str(tmp_path / "r.yaml"), "--data"], catch_exceptions=False)
+    said = run("validate", tmp_path / "r.yaml", "--data", "data.max_length=64").splitlines()
+    assert said[0] == "hqqplus: no evaluation set named: 1 training rows are held out (data.eval_path_or_name or " + (
+        "data.eval_split)"
+    )
+    assert re.search(r"^3 training rows, \d+ tokens, \d+ of them \(\d+\.\d%\) supervised$", said[2])
+    assert said[-1].endswith("[<|bos|>Task:\\nSay one\\n\\nAnswer:\\n]one<|eos|>")
+    capfd.readouterr()
+    values = json.loads(run("validate", tmp_path / "r.yaml", "--data", "--json", "data.max_length=64"))
+    assert values["data"]["rows"] == 3
+    assert not (tmp_path / "out").exists()
 
 
 def test_train_runs_the_recipe_with_its_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

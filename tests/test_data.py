@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,15 @@ def test_a_path_is_taken_from_the_working_folder_and_from_home(
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in ("a.txt", "./a.txt", "~/a.txt"):
         assert load_rows(path)["text"][:] == ["here"]
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    # datasets goes by name and time: an archive, or cp -p, brings another file under both.
+    for folder, name in (("", "a.jsonl"), ("rows", "train.jsonl")):
+        for text in ("one", "two"):
+            path = write(tmp_path / folder / name, lines({"text": text}))
+            os.utime(path, (1e9, 1e9))
+            assert load_rows(str(tmp_path / folder) if folder else path)["text"][:] == [text]
 
 
 def test_a_folder_has_the_splits_that_its_files_are_named_for(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
+from hqqplus.integrations.bare import bare_model
 from hqqplus.recipe import Recipe, load_recipe
 from tests.conftest import ROOT, load_benchmark
 
@@ -30,46 +31,39 @@ def test_the_comment_is_the_sum(path: Path, recipe: Recipe) -> None:
     assert expected in path.read_text(encoding="utf-8")
 
 
-def test_the_architecture_is_llamas() -> None:
-    """By the shapes of transformers' own model, with 2 of its 80 blocks."""
-    model = memory.LLAMA3_70B
-    config = LlamaConfig(
-        hidden_size=model.hidden,
-        intermediate_size=model.intermediate,
-        num_hidden_layers=2,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.key_value_heads,
-        vocab_size=model.vocabulary,
-    )
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config)
-    block = built.model.layers[0]
-    found = {n: tuple(m.weight.shape) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert found == model.linears
-    linears = model.blocks * sum(rows * columns for rows, columns in found.values())
-    norms = (2 * model.blocks + 1) * model.hidden
+def test_the_model_is_llamas() -> None:
+    model = bare_model(memory.LLAMA3_70B, None, torch.bfloat16)
     # The published number of parameters of Llama-3-70B.
-    assert linears + norms + 2 * model.vocabulary * model.hidden == 70_553_706_496
+    assert sum(parameter.numel() for parameter in model.parameters()) == 70_553_706_496
 
 
-def test_a_small_model_has_these_bytes(path: Path, recipe: Recipe) -> None:
+def test_a_small_model_has_these_bytes(recipe: Recipe) -> None:
     """What is counted for a block is what packing it makes."""
     from hqqplus.modules.replace import empty_packed
 
+    small = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1024,
+    )
     plan = recipe.quantization.plan()
-    small = memory.Architecture(256, 512, 1, 4, 2, 1024)
-    counted = memory.estimate(recipe, small, 1)
-    spec = plan.spec_for("model.layers.0.mlp.up_proj")
+    spec, override = plan.spec_for("model.layers.0.mlp.up_proj"), plan.override_for("lm_head")
     assert spec is not None
-    layers = [
-        empty_packed(torch.nn.Linear(columns, rows, bias=False, device="meta"), spec, torch.bfloat16)
-        for rows, columns in small.linears.values()
-    ]
-    assert counted.packed * 1e9 == pytest.approx(sum(layer.packed_bytes for layer in layers))
-    override = plan.override_for("lm_head")
     assert override is not None
-    table = empty_packed(torch.nn.Linear(256, 1024, bias=False, device="meta"), override, torch.bfloat16)
-    assert counted.tables * 1e9 == pytest.approx(2 * table.packed_bytes)
+
+    def packed_bytes(shapes: list[tuple[int, int]], of: object) -> int:
+        layers = [torch.nn.Linear(columns, rows, bias=False, device="meta") for rows, columns in shapes]
+        return sum(empty_packed(layer, of, torch.bfloat16).packed_bytes for layer in layers)
+
+    shapes = [(256, 256), (128, 256), (128, 256), (256, 256), (512, 256), (512, 256), (256, 512)]
+    counted = memory.estimate(recipe, small, 1)
+    assert counted.packed * 1e9 == pytest.approx(3 * packed_bytes(shapes, spec))
+    assert counted.tables * 1e9 == pytest.approx(2 * packed_bytes([(1024, 256)], override))
+    # Rank 8 and the gains: 9 numbers a row and a column; each with its gradient and two moments.
+    assert counted.trained * 1e9 == pytest.approx(3 * 16 * 9 * sum(map(sum, shapes)))
 
 
 def test_more_cards_hold_less(recipe: Recipe) -> None:
@@ -86,11 +80,11 @@ def test_claims_of_the_recipes() -> None:
     assert memory.estimate(two, memory.LLAMA3_70B, 2).total > 21.5
     assert memory.estimate(two, memory.LLAMA3_70B, 4).total < 20
     # "a scale for every group (bake) would take 68 GB more over all cards": two numbers a group, 16 bytes each.
-    weights = memory.LLAMA3_70B.blocks * sum(rows * columns for rows, columns in memory.LLAMA3_70B.linears.values())
+    weights = 8 * 1e9 * memory.estimate(one, memory.LLAMA3_70B, 1).packed / (1 + 16.5 / 32)
     assert weights / one.quantization.group_size * 2 * 16 / 1e9 == pytest.approx(68, abs=0.5)
 
 
-def test_what_is_not_counted_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_counted_is_refused() -> None:
     recipe = load_recipe(FILES[0], ["recovery.scales=bake"])
     with pytest.raises(ValueError, match="LoRA of one rank and gains"):
         memory.estimate(recipe, memory.LLAMA3_70B, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -98,3 +99,128 @@ def test_count(number: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (7.4, "0:07"), (750, "12:30"), (3723, "1:02:03")])
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+# What is shown at all ------------------------------------------------------------------------------------------------
+
+
+def test_output_settles_it_for_all_that_is_called(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        with WorkProgress(100, unit="rows", what="working") as bar:
+            time.now += 20
+            bar.advance(50)
+        progress.say("a step")
+        progress.warn("a result")
+
+    work()
+    line = "working: 50.0 % of 100 rows, 2.5 rows/s, 0:20 left\n"
+    assert capsys.readouterr() == ("hqqplus: a step\nhqqplus: a result\n", line)
+    with progress.output(quiet=True):
+        with progress.output():
+            work()
+        assert capsys.readouterr() == ("hqqplus: a result\n", "")
+    with progress.output(as_json=True):
+        work()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"{line}hqqplus: a step\nhqqplus: a result\n"
+    work()
+    assert capsys.readouterr().out.startswith("hqqplus: a step")
+
+
+def test_only_the_main_process_shows_any(
+    time: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with WorkProgress(100) as bar:
+        time.now += 20
+        bar.advance(50)
+    progress.say("a step")
+    progress.warn("a result")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    progress.say("a step")
+    assert capsys.readouterr().out == "hqqplus: a step\n"
+
+
+def test_the_bars_of_libraries_are_for_terminals_and_come_back() -> None:
+    import datasets
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    def shown() -> list[bool]:
+        return [
+            logging.is_progress_bar_enabled(),
+            not datasets.are_progress_bars_disabled(),
+            not hub.are_progress_bars_disabled(),
+        ]
+
+    before = shown()
+    with progress.output():
+        assert shown() == [False, False, False]
+    assert shown() == before
+    with pytest.raises(RuntimeError), progress.output():
+        raise RuntimeError
+    assert shown() == before
+
+
+def test_one_bar_at_a_time(time: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "_console", lambda: Console(file=file, force_terminal=True, width=100))
+    with WorkProgress(10, what="training") as outer:
+        assert outer._bar.live.is_started
+        with WorkProgress(10, what="perplexity") as inner:
+            assert inner._bar.live.is_started
+            assert not outer._bar.live.is_started
+            outer.advance(1)
+        assert not inner._bar.live.is_started
+        assert outer._bar.live.is_started
+    assert not outer._bar.live.is_started
+    assert progress._at_work == []
+    with pytest.raises(RuntimeError), WorkProgress(10) as outer, WorkProgress(10):
+        raise RuntimeError
+    assert progress._at_work == []
+    assert not outer._bar.live.is_started
+
+
+def test_what_is_printed_does_not_garble_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen, log = Terminal(), io.StringIO()
+    monkeypatch.setattr(progress, "_console", lambda: Console(file=screen, force_terminal=True, width=100))
+    for out in (screen, log):
+        monkeypatch.setattr(sys, "stdout", out)
+        with WorkProgress(10, what="training"):
+            progress.say("a step")
+        assert sys.stdout is out
+    # On the terminal above the bar; to a file past it.
+    assert screen.getvalue().count("hqqplus: a step\n") == 1
+    assert log.getvalue() == "hqqplus: a step\n"
+
+
+def test_logs_do_not_garble_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    import logging
+    import sys
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(progress, "_console", lambda: Console(stderr=True, force_terminal=True, width=100))
+    log, handler = logging.getLogger("hqqplus.tests"), logging.StreamHandler()
+    log.addHandler(handler)
+    try:
+        with WorkProgress(10, what="training"):
+            assert handler.stream is not screen
+            log.warning("mind this")
+        assert handler.stream is screen
+    finally:
+        log.removeHandler(handler)
+    # A line of its own: the bar was wiped before it, and is drawn below.
+    assert re.search(r"(^|\x1b\[2K|\n)mind this *(\x1b\[0m)?\n", screen.getvalue())

@@ -87,12 +87,16 @@ def test_defaults(tmp_path: Path) -> None:
             "prompt": None,
             "completion": None,
             "messages": None,
+            "alpaca": False,
+            "alpaca_prompt": None,
+            "sharegpt": None,
             "max_length": 1024,
             "packing": "auto",
             "eos": True,
             "streaming": False,
             "shuffle_buffer": 1000,
             "masked_rows": "refuse",
+            "cache": True,
         },
         "recovery": {
             "loss": "ce",
@@ -417,7 +421,7 @@ def test_refused_values(tmp_path: Path, section: str, line: str, what: str) -> N
 def test_one_form_of_data(tmp_path: Path, fields: str, line: str) -> None:
     text = SMALLEST.replace("data:\n  path_or_name: some/data\n", f"data: {{path_or_name: x, {fields}}}\n")
     assert refused(tmp_path, text) == [
-        f"recipe.yaml:3: {line}; exactly one of text_field, prompt + completion, and messages is needed "
+        f"recipe.yaml:3: {line}; exactly one of text_field, prompt + completion, messages, alpaca, and sharegpt is needed "
         "(null unsets an inherited one)"
     ]
 

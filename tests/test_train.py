@@ -14,6 +14,8 @@ import yaml
 from safetensors.torch import load_file
 
 import hqqplus
+from hqqplus.evaluation.page import report_on
+from hqqplus.evaluation.report import number
 from hqqplus.modules import packed_modules
 from hqqplus.recipe import load_recipe
 from hqqplus.train import main, run
@@ -43,6 +45,7 @@ def make(random_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Pat
     def write(**changes: Any) -> Path:
         rows = [{"text": f"number {i} comes before {i + 1}", "q": f"after {i}?", "a": f"{i + 1}"} for i in range(40)]
         for row in rows:
+            row |= {"instruction": row["q"], "output": row["a"]}
             row["chat"] = [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]  # type: ignore[assignment]
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         values: dict[str, Any] = {
@@ -69,6 +72,11 @@ def test_what_a_run_leaves_behind(make: Callable[..., Path], tmp_path: Path, run
     done = run_python("-m", "accelerate.commands.launch", "--cpu", "-m", "hqqplus.train", str(recipe), "seed=3")
     out = tmp_path / "out"
     assert "paged_adamw_8bit (the default)" in done.stdout  # the fall-back is said aloud
+    assert "step 2 of 2: loss " in done.stdout
+    assert "the first row, masked text in brackets: " in done.stdout
+    for stream in (done.stdout, done.stderr):  # sensible in a file
+        assert "\r" not in stream
+        assert "\x1b" not in stream
     report = json.loads((out / "report.json").read_text())
     assert report.keys() >= KEYS
     assert all(math.isfinite(report[k]) for k in KEYS - {"samples", "recovery"})
@@ -76,6 +84,14 @@ def test_what_a_run_leaves_behind(make: Callable[..., Path], tmp_path: Path, run
     assert report["bits_per_weight"] == pytest.approx(2 + 16.5 / 32, abs=0.01)  # some blocks are not full
     assert len(report["ppl_curve"]) == 2
     assert {p.name for p in out.iterdir()} >= {"report.md", "report.png", "adapter", "checkpoint-2"}
+    page = (out / "report.html").read_text()
+    assert f'<span class="value">{number(report["ppl_recovered"])}</span>' in page
+    assert len(json.loads((out / "layers.json").read_text())["layers"]) == 14
+    assert report["costs"]["stages"].keys() == {
+        *("measure parent", "quantize", "measure quantized", "train", "measure recovered")
+    }
+    assert report["costs"]["stages"]["train"]["seconds"] == report["train_seconds"]
+    assert report_on(out, tmp_path / "again.html").read_text() == page
     assert not (out / "README.md").exists()
 
     adapter = out / "adapter"
@@ -96,15 +112,40 @@ def test_what_a_run_leaves_behind(make: Callable[..., Path], tmp_path: Path, run
     assert size - report["adapter_bytes"] == report["backbone_bytes"]
 
 
+def test_quiet_and_for_programs(make: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = str(make(evaluation__parent=False, evaluation__prompts=[]))
+    capfd.readouterr()
+    assert main([recipe, "--json"]) == 0
+    out, err = capfd.readouterr()
+    values = json.loads(out)
+    assert values == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "hqqplus: step 2 of 2: loss " in err
+    assert "\r" not in err
+    # A run that is finished says so, and gives the same.
+    assert main([recipe, "--json", "--quiet"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == values
+    assert err.startswith("hqqplus: already finished: ")
+
+    assert main([recipe, "--quiet", f"output_dir={tmp_path / 'quiet'}"]) == 0
+    out, err = capfd.readouterr()
+    assert "step" not in out
+    assert "hqqplus: data" not in out
+    assert "recovered" in out
+    assert out.splitlines()[-1].startswith("hqqplus: adapter in ")
+    assert "\r" not in err
+
+
 @pytest.mark.parametrize(
     "form",
     [
         {"data__prompt": "q", "data__completion": "a"},
         {"data__messages": "chat"},
+        {"data__alpaca": True},
         {"data__text_field": "text", "data__packing": True},
         {"data__text_field": "text", "data__eos": False},
     ],
-    ids=["prompt-completion", "messages", "packing", "no-eos"],
+    ids=["prompt-completion", "messages", "alpaca", "packing", "no-eos"],
 )
 def test_forms_of_data(
     make: Callable[..., Path], random_model: Callable[..., Path], tmp_path: Path, form: dict[str, Any]

@@ -59,6 +59,7 @@ def bake_backbone(
     fingerprint = dataclasses.replace(fingerprint, packed_sha256=packed_sha256(clean), baked=True)
     fingerprint = fingerprint.with_tokenizer(tokenizer)
     with full_disk(folder, "the baked backbone"), replacing_folder(folder) as temporary:
+        clean.config.use_cache = True  # which the trainer switches off
         clean.save_pretrained(temporary, max_shard_size=max_shard_size)
         models.write_companions(temporary, tokenizer, fingerprint)
     return fingerprint

@@ -54,6 +54,7 @@ _TYPES: dict[str, Any] = {
     "tokenizer": _TEXT_OR_NONE,
     "template": _TEXT_OR_NONE,
     "data": _TEXT_OR_NONE,
+    "converted": _TEXT_OR_NONE,
 }
 
 
@@ -72,6 +73,7 @@ class Fingerprint:
         solver: `SOLVER_VERSION` of the solver that quantized it.
         tokenizer, template: digests of the tokenizer and its chat template, as they lie beside this file.
         data: of an adapter, a digest of the rows that it was trained on.
+        converted: the layout in which `base` is packed itself, where it was converted and not quantized.
     """
 
     base: str
@@ -87,6 +89,7 @@ class Fingerprint:
     tokenizer: str | None = None
     template: str | None = None
     data: str | None = None
+    converted: str | None = None
 
     def write(self, folder: str | Path) -> None:
         write_json(Path(folder) / FILE_NAME, asdict(self))
@@ -141,11 +144,14 @@ class Fingerprint:
         """Why quantizing `base` anew would not give this packed model; empty where it would."""
         if self.baked:
             return "its scales were trained"
+        if self.converted:
+            return "it was converted from one that is packed itself"
         return "calibrated" if self.calibration else ""
 
     def describe(self) -> str:
         """`2-bit g64 of NAME (sha256 0123456789ab)`, and whether its scales were trained."""
         trained = ", scales trained" if self.baked else ""
+        trained = f", converted ({self.converted}){trained}" if self.converted else trained
         return f"{_bits(self.quantization)} of {self.base}{trained} (sha256 {self.packed_sha256[:12]})"
 
 

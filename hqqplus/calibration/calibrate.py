@@ -12,7 +12,8 @@ Block by block, each of them on the device alone:
 Two activations a sample and token are kept, on the CPU or the disk: 512 samples of 2,048 tokens at width 4,096 take
 8.6 GB each in 16 bits. The model stays on the CPU and is left as it was. What is outside the blocks, the embedding and
 the head, is not looked at: the quantizer solves it without data, and takes the rest as it is found here
-(`hqqplus.modules.replace.packed_already`).
+(`hqqplus.modules.replace.packed_already`). So it is with the experts of a mixture, each of which sees few samples:
+while a block is calibrated they compute in full precision.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from hqqplus.integrations.transformers import plan_of
 from hqqplus.kernels import quantize
 from hqqplus.kernels.solve import solve
 from hqqplus.models import pick_device
-from hqqplus.modules.replace import Solutions
+from hqqplus.modules.replace import Solutions, is_stack
 from hqqplus.progress import WorkProgress
 from hqqplus.quantization import PackedTensor, QuantPlan, QuantSpec, SolverOptions
 from hqqplus.quantization.feedback import error_feedback
@@ -163,7 +164,8 @@ def calibrate(
     if options.store == "disk" and folder is None:
         raise UserError("calibration.store: disk needs a folder for the solutions, where activations are kept too")
     blocks = Blocks(model, pick_device(device))
-    planned = _by_block(blocks, plan_of(model, plan))
+    specs = plan_of(model, plan)
+    planned = _by_block(blocks, specs)
     input_ids = _check_ids(model, input_ids, options)
     held_out = _held_out(len(input_ids), options)
     settings = describe_settings(model, plan, options.settings(), input_ids, hqqplus.__version__)
@@ -177,6 +179,9 @@ def calibrate(
             # Each block has a line of its own: none between.
             WorkProgress(total, sum(sizes[name] for name in done), quiet, line_seconds=math.inf) as progress,
         ):
+            if stacks := [name for name in specs if is_stack(model, name)]:
+                which = f"{len(stacks)} stacks of experts, such as {stacks[0]}"
+                progress.say(f"{which}, are not calibrated: they are solved without data")
             if done:
                 progress.say(f"{folder}: goes on where it was, {len(done)} blocks are finished")
             _Run(blocks, planned, plan.solver, options, held_out, factors, kept, progress).go(input_ids, done, folder)
@@ -340,6 +345,8 @@ def _by_block(blocks: Blocks, specs: Mapping[str, QuantSpec]) -> dict[str, dict[
     found: dict[str, dict[str, QuantSpec]] = {name: {} for name in blocks.names}
     for layer, spec in specs.items():
         block = next((name for name in found if layer.startswith(f"{name}.")), None)
+        if is_stack(blocks.model, layer):
+            continue  # experts are solved without data
         if block is not None and isinstance(blocks.model.get_submodule(layer), nn.Linear):
             found[block][layer] = spec
     if not any(found.values()):

@@ -36,6 +36,8 @@ from hqqplus.evaluation.perplexity import make_windows
 from hqqplus.integrations.transformers import plan_of
 from hqqplus.kernels import quantize
 from hqqplus.modules import PackedState
+from hqqplus.modules.replace import is_stack
+from hqqplus.progress import WorkProgress
 from hqqplus.quantization import QuantPlan
 
 CANDIDATES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -98,18 +100,35 @@ def choose_gain(
     if any(isinstance(module, PackedState) for module in model.modules()):
         raise UserError(f"gain: this {type(model).__name__} is packed already; give its parent")
     specs = plan_of(model, plan)
+    if experts := next((name for name in specs if is_stack(model, name)), None):
+        raise UserError(
+            f"gain: {experts} holds the matrices of experts, on which gains are not tried out: give the gain as a "
+            "number, or skip the experts"
+        )
     if turned := next((name for name, spec in specs.items() if spec.axis == 0), None):
         raise UserError(f"gain: {turned} has axis 0: a row gain needs axis 1, where a group lies in one row")
     tokens = sum(map(len, sequences))
-    with evaluating(model), torch.no_grad():
-        parents = [_log_probabilities(model, batch) for batch in batches]
+    tried = sorted(set(candidates))
+    work = tokens * (1 + len(tried))
+    with evaluating(model), torch.no_grad(), WorkProgress(work, unit="tokens", what="choosing the gain") as progress:
+
+        def done(batch: Sequence[Tensor], gamma: float | None = None) -> None:
+            progress.advance(sum(map(len, batch)), "the parent" if gamma is None else f"gain {gamma:g}")
+
+        parents = []
+        for batch in batches:
+            parents.append(_log_probabilities(model, batch))
+            done(batch)
         if any(piece.isnan().any() for pieces in parents for piece in pieces):
             raise UserError(f"gain: the predictions of {type(model).__name__} on the calibration text are not finite")
         with _quantized(model, plan, put_back=given) as gains:
             kl = {}
-            for gamma in sorted(set(candidates)):
+            for gamma in tried:
                 with _gained(gains, gamma):
-                    sums = [_kl(parent, _logits(model, batch)) for parent, batch in zip(parents, batches, strict=True)]
+                    sums = []
+                    for parent, batch in zip(parents, batches, strict=True):
+                        sums.append(_kl(parent, _logits(model, batch)))
+                        done(batch, gamma)
                 kl[float(gamma)] = sum(sums) / tokens if math.isfinite(sum(sums)) else math.inf
     best = min(kl, key=kl.__getitem__)
     if not math.isfinite(kl[best]):

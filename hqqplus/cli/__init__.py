@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from hqqplus.cli import env, evaluate, quantize, runs, ship, use
+from hqqplus.cli import classify, convert, env, estimate, evaluate, pages, quantize, runs, ship, use
 from hqqplus.errors import UserError
 
 app = typer.Typer(
@@ -21,10 +21,18 @@ app = typer.Typer(
 for _verb in (
     runs.train,
     runs.validate,
+    estimate.estimate,
     quantize.quantize,
+    convert.convert,
     evaluate.evaluate,
     runs.table,
+    classify.classify,
+    pages.report,
+    pages.compare,
     use.generate,
+    use.chat,
+    use.serve,
+    ship.ship,
     ship.export,
     env.env,
 ):

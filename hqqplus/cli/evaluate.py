@@ -15,12 +15,14 @@ from hqqplus.cli.options import (
     Device,
     Dtype,
     Model,
+    Quiet,
     Revision,
     Trust,
     checked_dtype,
     finite,
 )
 from hqqplus.errors import UserError
+from hqqplus.progress import output
 
 
 def evaluate(
@@ -47,6 +49,7 @@ def evaluate(
     trust_remote_code: Trust = False,
     compute: Compute = "auto",
     allow_mismatch: AllowMismatch = False,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="everything in JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Perplexity on a text, distance to the parent, task scores: of a model, with or without an adapter."""
@@ -57,46 +60,49 @@ def evaluate(
     if tasks is None and (limit, num_fewshot, include_path) != (None, None, None):
         raise UserError("--limit, --num-fewshot and --include-path go with --tasks")
     options: dict[str, Any] = {"dtype": checked_dtype(dtype), "device": device, "trust_remote_code": trust_remote_code}
-    if texts is not None:
-        from hqqplus.data import RowForm, load_rows
-        from hqqplus.evaluation.perplexity import make_windows, perplexity
-
-        rows = load_rows(texts, split, where="TEXTS")
-        form = RowForm(text_field=text_field)
-        form.check(rows, "TEXTS")
-    from hqqplus.models import check_parent, load, load_with_tokenizer
-
-    loaded, tokenizer = load_with_tokenizer(
-        model, adapter, revision=revision, compute=compute, allow_mismatch=allow_mismatch, **options
-    )
     found: dict[str, Any] = {}
-    if texts is not None:
-        windows = make_windows(form.documents(rows, tokenizer), tokenizer, max_length, max_tokens, texts)
-        if against is None:
-            found |= {"perplexity": perplexity(loaded, windows, batch_size).perplexity}
-        else:
-            from hqqplus.evaluation.divergence import divergence
+    with output(quiet, as_json):
+        if texts is not None:
+            from hqqplus.data import RowForm, load_rows
+            from hqqplus.evaluation.perplexity import make_windows, perplexity
 
-            parent = load(against, **options)
-            check_parent(model, adapter, against, allow_mismatch)
-            apart = divergence(parent, loaded, windows, batch_size)
-            found |= {"perplexity": apart.model.perplexity, "parent_perplexity": apart.parent.perplexity}
-            found |= {"kl": apart.kl, "agreement": apart.agreement}
-        found |= {"tokens": windows.tokens, "max_length": max_length}
-        if not as_json:
-            typer.echo(f"perplexity {found['perplexity']:.4f} ({windows.tokens:,} tokens, windows of {max_length})")
-        if against is not None and not as_json:
-            typer.echo(
-                f"KL to the parent {found['kl']:.4f} nats a token, agreement {100 * found['agreement']:.2f} %, "
-                f"the parent's perplexity {found['parent_perplexity']:.4f}"
-            )
-    if tasks is not None:
-        from hqqplus.evaluation.tasks import print_tasks, run_tasks
+            rows = load_rows(texts, split, where="TEXTS")
+            form = RowForm(text_field=text_field)
+            form.check(rows, "TEXTS")
+        from hqqplus.models import check_parent, load, load_with_tokenizer
 
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        scores = run_tasks(loaded, tokenizer, names, limit, num_fewshot, include_path, batch_size)
-        found |= scores
-        if not as_json:
-            print_tasks(scores)
+        loaded, tokenizer = load_with_tokenizer(
+            model, adapter, revision=revision, compute=compute, allow_mismatch=allow_mismatch, **options
+        )
+        if texts is not None:
+            windows = make_windows(form.documents(rows, tokenizer), tokenizer, max_length, max_tokens, texts)
+            if against is None:
+                found |= {"perplexity": perplexity(loaded, windows, batch_size).perplexity}
+            else:
+                from hqqplus.evaluation.divergence import divergence
+
+                parent = load(against, **options)
+                check_parent(model, adapter, against, allow_mismatch)
+                apart = divergence(parent, loaded, windows, batch_size)
+                found |= {"perplexity": apart.model.perplexity, "parent_perplexity": apart.parent.perplexity}
+                found |= {"kl": apart.kl, "agreement": apart.agreement}
+            found |= {"tokens": windows.tokens, "max_length": max_length}
+            if not as_json:
+                typer.echo(
+                    f"perplexity {found['perplexity']:.4f} ({windows.tokens:,} tokens, windows of {max_length})"
+                )
+            if against is not None and not as_json:
+                typer.echo(
+                    f"KL to the parent {found['kl']:.4f} nats a token, agreement {100 * found['agreement']:.2f} %, "
+                    f"the parent's perplexity {found['parent_perplexity']:.4f}"
+                )
+        if tasks is not None:
+            from hqqplus.evaluation.tasks import print_tasks, run_tasks
+
+            names = [name.strip() for name in tasks.split(",") if name.strip()]
+            scores = run_tasks(loaded, tokenizer, names, limit, num_fewshot, include_path, batch_size)
+            found |= scores
+            if not as_json:
+                print_tasks(scores)
     if as_json:
         typer.echo(json.dumps(finite(found), indent=2))

@@ -10,6 +10,7 @@ import typer
 
 from hqqplus.cli.options import Device, Model, Revision, Trust, checked_dtype, finite
 from hqqplus.errors import UserError
+from hqqplus.progress import output
 
 
 def quantize(
@@ -68,35 +69,40 @@ def quantize(
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"quantize: {error}") from None
-    plan = refine_plan(
-        model,
-        config.plan(),
-        target_bpw=target_bpw,
-        ask=probe,
-        embeddings=embeddings,
-        edge_blocks=edge_blocks,
-        down_proj=down_proj,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    chosen: Any = None
-    if text is not None:
-        chosen = _choose_gain(model, plan, text, revision=revision, device=device, trust_remote_code=trust_remote_code)
-        plan = chosen.apply(plan)
-        if not (quiet or as_json):
-            typer.echo(f"gain {chosen.gamma:g}: KL {', '.join(f'{kl:.4f} at {g:g}' for g, kl in chosen.kl.items())}")
-    config = HqqPlusConfig.from_plan(plan)
-    made = quantize_checkpoint(
-        model,
-        out,
-        config,
-        revision=revision,
-        dtype="checkpoint" if dtype == "auto" else checked_dtype(dtype),
-        device=device,
-        trust_remote_code=trust_remote_code,
-        versions=environment(),
-        quiet=quiet or as_json,
-    )
+    with output(quiet, as_json):
+        plan = refine_plan(
+            model,
+            config.plan(),
+            target_bpw=target_bpw,
+            ask=probe,
+            embeddings=embeddings,
+            edge_blocks=edge_blocks,
+            down_proj=down_proj,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        chosen: Any = None
+        if text is not None:
+            chosen = _choose_gain(
+                model, plan, text, revision=revision, device=device, trust_remote_code=trust_remote_code
+            )
+            plan = chosen.apply(plan)
+            if not (quiet or as_json):
+                typer.echo(
+                    f"gain {chosen.gamma:g}: KL {', '.join(f'{kl:.4f} at {g:g}' for g, kl in chosen.kl.items())}"
+                )
+        config = HqqPlusConfig.from_plan(plan)
+        made = quantize_checkpoint(
+            model,
+            out,
+            config,
+            revision=revision,
+            dtype="checkpoint" if dtype == "auto" else checked_dtype(dtype),
+            device=device,
+            trust_remote_code=trust_remote_code,
+            versions=environment(),
+            quiet=quiet,
+        )
     if as_json:
         gained = {} if chosen is None else {"gain": chosen.gamma, "gain_kl": finite(chosen.kl)}
         typer.echo(json.dumps({**made.to_json(), **gained}, indent=2))

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hqqplus.errors import UserError
 from hqqplus.evaluation.mode import evaluating
 from hqqplus.evaluation.perplexity import PerplexityResult, Windows, batches_of, device_of, finite_exp
+from hqqplus.progress import WorkProgress
 
 # Logits of each model that are held in float32 at a time: 32 MiB; a few copies of them are.
 _CHUNK_ELEMENTS = 2**23
@@ -55,13 +56,20 @@ def divergence(parent: nn.Module, model: nn.Module, windows: Windows, batch_size
             f"divergence: {len(windows.input_ids)} windows, batch_size={batch_size}: 1 or more are needed"
         )
     totals = torch.zeros(4, dtype=torch.float64)  # KL, agreement, negative log-likelihood of parent and of model
-    with evaluating(parent), evaluating(model), torch.no_grad():
+    work = sum(map(len, windows.input_ids))
+    with (
+        evaluating(parent),
+        evaluating(model),
+        torch.no_grad(),
+        WorkProgress(work, unit="tokens", what="distance to the parent") as progress,
+    ):
         for batch in batches_of(windows.input_ids, batch_size):
             input_ids = pad_sequence(batch, batch_first=True)  # [B, L]
             lengths = torch.tensor([len(window) for window in batch])
             predicted = torch.arange(1, input_ids.shape[1]) < lengths[:, None]  # [B, L - 1]
             logits = [one(input_ids=input_ids.to(device_of(one)), use_cache=False).logits for one in (parent, model)]
             totals += _sums(logits[0], logits[1], input_ids, predicted)
+            progress.advance(sum(map(len, batch)))
     kl, agreement, *nll = (totals / windows.tokens).tolist()
     measured = [PerplexityResult(finite_exp(value), value, windows.tokens) for value in nll]
     return DivergenceResult(kl, agreement, windows.tokens, measured[0], measured[1])

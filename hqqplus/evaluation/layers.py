@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
@@ -10,10 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from hqqplus.evaluation.report import _FAINT, _INK, _inline, _plain, markdown_table
 from hqqplus.files import replacing, write_json, write_text
-from hqqplus.quantization.statistics import OUTLIER_DEVIATIONS, LayerStatistics
+from hqqplus.modules import PackedEmbedding, packed_modules
+from hqqplus.quantization.statistics import OUTLIER_DEVIATIONS, ExpertStatistics, LayerStatistics, layer_statistics
+from hqqplus.untrusted import read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor, nn
+
+    from hqqplus.quantization import PackedTensor
+
+FILE_NAME = "layers.json"
 
 # Rows that a terminal still shows at once.
 _MOST_ROWS = 40
@@ -26,7 +34,8 @@ _MARKERS = "osD^vP*X"
 
 @dataclass(frozen=True)
 class Layer:
-    """One packed layer of a model: its dotted name, and whether it is an embedding (else it is linear)."""
+    """One packed layer of a model: its dotted name, and whether it is an embedding (else it is linear, or a projection
+    of all experts of a mixture)."""
 
     name: str
     embedding: bool
@@ -59,7 +68,7 @@ class Layers:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits stored for the packed linear layers, metadata included, over their weights. NaN without any."""
+        """Bits stored for the packed linear layers and experts, metadata included, over their weights; NaN without."""
         linears = [layer.statistics for layer in self.layers if not layer.embedding]
         weights = sum(s.weights for s in linears)
         return sum(s.bits_per_weight * s.weights for s in linears) / weights if weights else math.nan
@@ -68,6 +77,20 @@ class Layers:
     def nmse(self) -> float:
         """The mean NMSE of a weight: that of each layer, weighted by its number of weights."""
         return sum(layer.statistics.nmse * layer.statistics.weights for layer in self.layers) / max(self.weights, 1)
+
+    @classmethod
+    def from_json(cls, values: Any) -> Layers:
+        """What `to_json` gave, after a way through JSON; its nulls come back as not-a-number.
+
+        Raises:
+            TypeError, KeyError: if a field is missing, unknown or of another type.
+        """
+        if not isinstance(values, dict) or not isinstance(values["layers"], list):
+            raise TypeError("an object with a list of layers is needed")
+        title, size = values["title"], values["total_bytes"]
+        if not isinstance(title, str) or isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError("the title is a string, and total_bytes a whole number")
+        return cls(title, tuple(_layer(row) for row in values["layers"]), size)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it: not-a-number and infinity become null."""
@@ -100,6 +123,45 @@ class Layers:
         return sorted(self.layers, key=lambda layer: -_rank(layer.statistics.nmse))[:count]
 
 
+class LayerCollector:
+    """Compares every weight with what it is packed to, while it observes.
+
+    collector = LayerCollector()
+    with observe_packing(collector):
+        model = AutoModelForCausalLM.from_pretrained(id, quantization_config=...)
+    """
+
+    def __init__(self) -> None:
+        self.statistics: dict[str, LayerStatistics] = {}
+        self._experts = ExpertStatistics()
+
+    def __call__(self, name: str, weight: Tensor, packed: PackedTensor) -> None:
+        self.statistics[name] = layer_statistics(weight, packed)
+
+    def expert(self, name: str, index: int, weight: Tensor, packed: PackedTensor) -> None:
+        if index == 0:
+            self._experts = ExpertStatistics()
+        self._experts.add(weight, packed)
+        self.statistics[name] = self._experts.together()
+
+    def layers(self, title: str, model: nn.Module, total_bytes: int) -> Layers:
+        """The layers of `model`, which was packed meanwhile, in its order."""
+        found = tuple(
+            Layer(name, isinstance(module, PackedEmbedding), self.statistics[name])
+            for name, module in packed_modules(model).items()
+            if name in self.statistics
+        )
+        return Layers(title, found, total_bytes)
+
+
+def read_layers(folder: str | Path) -> Layers | None:
+    """The layers that `layers.json` in `folder` tells of; None where there is none that can be read."""
+    try:
+        return Layers.from_json(read_json(Path(folder) / FILE_NAME))
+    except (OSError, ValueError, TypeError, LookupError, OverflowError):
+        return None
+
+
 def write_layers(layers: Layers, folder: str | Path) -> None:
     """Write `nmse.png`, `layers.json` and `layers.md` to `folder` (made if needed), each whole or not at all.
 
@@ -108,7 +170,7 @@ def write_layers(layers: Layers, folder: str | Path) -> None:
     """
     folder = Path(folder)
     _draw(layers, folder / "nmse.png")
-    write_json(folder / "layers.json", layers.to_json())
+    write_json(folder / FILE_NAME, layers.to_json())
     # Last: the page shows the picture.
     write_text(folder / "layers.md", _page(layers))
 
@@ -136,6 +198,18 @@ def print_layers(layers: Layers, console: Console | None = None) -> None:
     if many:
         worst = ", ".join(f"{layer.name} {_figure(layer.statistics.nmse)}" for layer in layers.worst())
         console.print(Text(f"largest NMSE: {worst}"))
+
+
+def _layer(row: Any) -> Layer:
+    if not isinstance(row, dict):
+        raise TypeError("a layer is an object")
+    values = {name: row[name] for name in (field.name for field in dataclasses.fields(LayerStatistics))}
+    # What JSON has no number for.
+    unknown = {name: math.nan for name in ("nmse", "bits_per_weight", "kurtosis") if values[name] is None}
+    name, embedding, numbers = row["name"], row["embedding"], {**values, **unknown}
+    if not isinstance(name, str) or not isinstance(embedding, bool) or not isinstance(numbers["shape"], list):
+        raise TypeError("a layer has a name, a shape, and is an embedding or none")
+    return Layer(name, embedding, LayerStatistics.from_dict(numbers))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -166,7 +240,7 @@ def _rows(layers: Layers) -> list[list[str]]:
         rows.append(
             [
                 layer.name,
-                f"{s.shape[0]} x {s.shape[1]}",
+                " x ".join(map(str, s.shape)),
                 str(s.nbits),
                 "row" if s.group_size == -1 else str(s.group_size),
                 str(s.axis),

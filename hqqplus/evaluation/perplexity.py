@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hqqplus.errors import UserError
 from hqqplus.evaluation.mode import evaluating
+from hqqplus.progress import WorkProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +138,8 @@ def perplexity(
     idle = max(len(shard) for shard in shards) - len(mine)
     device = device_of(model)
     total, count = 0.0, 0
-    with evaluating(model), torch.no_grad():
+    work = sum(len(window) for batch in mine for window in batch)
+    with evaluating(model), torch.no_grad(), WorkProgress(work, unit="tokens", what="perplexity") as progress:
         for batch in mine:
             input_ids = pad_sequence(batch, batch_first=True).to(device)  # [B, L]
             logits = model(input_ids=input_ids, use_cache=False).logits
@@ -145,6 +147,7 @@ def perplexity(
             losses = _token_nll(logits, input_ids.to(logits.device)).cpu().double()  # [B, L - 1]
             total += sum(float(losses[row, : len(window) - 1].sum()) for row, window in enumerate(batch))
             count += sum(len(window) - 1 for window in batch)
+            progress.advance(sum(map(len, batch)))
         for _ in range(idle):
             model(input_ids=windows.input_ids[0][None].to(device), use_cache=False)
     if reduce is not None:

@@ -40,7 +40,7 @@ class Report:
 
     Perplexities are per token, sizes in bytes, `tokens_per_second` is training's. `backbone_bytes` is the packed
     backbone as stored (everything, embedding and head included), `bits_per_weight` that of its linear layers,
-    metadata included.
+    metadata included, `linear_weights` their number of weights; 0 in reports that were written before it was counted.
     """
 
     name: str
@@ -65,6 +65,9 @@ class Report:
     evaluation: dict[str, Any] = field(default_factory=dict)  # how the perplexities were measured
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    linear_weights: int = 0
+    # {"memory": "gpu" or "process", "stages": {stage: {"seconds", "peak_bytes"}}}, as `recovery.costs` notes them.
+    costs: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as values that JSON has: not-a-number and infinity become null, paths strings."""

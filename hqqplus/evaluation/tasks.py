@@ -19,6 +19,7 @@ import torch
 
 from hqqplus.errors import UserError
 from hqqplus.evaluation.mode import evaluating
+from hqqplus.progress import WorkProgress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +79,8 @@ def run_tasks(
             elif own is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=_SEED)
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, device=str(model.device), batch_size=batch_size)
+        watched = _watched(HFLM)
+        harness = watched(pretrained=model, tokenizer=tokenizer, device=str(model.device), batch_size=batch_size)
         found: Any = evaluate(lm=harness, task_dict=loaded, limit=limit, log_samples=False)  # type: ignore[arg-type]
     return {
         "lm_eval": lm_eval.__version__,
@@ -145,15 +147,52 @@ def _entry(name: str, found: Any) -> dict[str, Any]:
     return {"version": version, "shots": found["n-shot"].get(name), "examples": count, "metrics": metrics}
 
 
+def _watched(harness: Any) -> Any:
+    """The class of the harness's models with our progress in the place of its bars."""
+
+    class Watched(harness):  # type: ignore[misc]
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return self._shown(super().loglikelihood, requests, "log-likelihoods")
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return self._shown(super().loglikelihood_rolling, requests, "log-likelihoods")
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return self._shown(super().generate_until, requests, "completions")
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **options: Any) -> Any:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+
+        def _shown(self, answer: Any, requests: Any, what: str) -> Any:
+            with WorkProgress(len(requests), unit="requests", what=what) as progress:
+                # Where it would keep an answer for later: it has each of them then.
+                self.set_cache_hook(_Counter(progress))
+                return answer(requests, disable_tqdm=True)
+
+    return Watched
+
+
+class _Counter:
+    def __init__(self, progress: WorkProgress) -> None:
+        self._progress = progress
+
+    def add_partial(self, *answered: Any) -> None:
+        self._progress.advance(1)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of the harness, which are about its own defaults. Its bars stay."""
-    log = logging.getLogger("lm_eval")
+    """No warnings of the harness, which are about its own defaults, and no bar of its own."""
+    import lm_eval.api.task as task
+
+    log, bar = logging.getLogger("lm_eval"), task.tqdm
     level = log.level
     log.setLevel(logging.ERROR)
+    task.tqdm = lambda documents, **options: documents
     try:
         yield
     finally:
+        task.tqdm = bar
         log.setLevel(level)
 
 

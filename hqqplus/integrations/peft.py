@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from hqqplus.errors import UserError
 from hqqplus.kernels.lora import Adapter, Gains, gained, matmul_lora
-from hqqplus.modules import PackedEmbedding, PackedLinear
+from hqqplus.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedStack
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -48,6 +48,13 @@ MERGE_REFUSED = (
     "beside the base (`hqqplus.load(base, adapter)`), or export dequantized weights + adapter in 16 bits "
     "(`hqqplus export BASE OUTPUT --adapter ADAPTER`)"
 )
+
+NO_LORA_ON_EXPERTS = (
+    "LoRA on packed experts is not supported: name linear layers, such as q_proj, k_proj, v_proj and o_proj"
+)
+# What parts of experts were called as linear layers, and what they and their router are now. PEFT takes these names in
+# a mixture for its experts, also where another linear layer has one.
+_OF_EXPERTS = frozenset({"w1", "w2", "w3", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "experts", "gate"})
 
 
 class PackedLoraLinear(LoraLinear):
@@ -266,6 +273,30 @@ def norm_modules(model: nn.Module) -> list[str]:
     raise UserError("norms: the names of other modules end in those of norms, so PEFT cannot tell them apart")
 
 
+def targets_beside_experts(model: nn.Module, targets: str | Sequence[str]) -> str | list[str]:
+    """`targets` as PEFT is to have them: for a model with packed experts "all-linear" is every packed linear layer but
+    the head, of those that PEFT does not take for experts.
+
+    Raises:
+        UserError: if they name the experts.
+    """
+    if not any(isinstance(module, PackedStack) for module in model.modules()):
+        return targets if isinstance(targets, str) else list(targets)
+    head = cast(Any, model).get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear) and module is not head
+    }
+    if targets == "all-linear":
+        return sorted(linear - _OF_EXPERTS)
+    if isinstance(targets, str):
+        return targets
+    if named := [target for target in targets if target.rpartition(".")[2] in _OF_EXPERTS]:
+        raise UserError(f"adapter.target_modules: {', '.join(named)}: {NO_LORA_ON_EXPERTS}")
+    return list(targets)
+
+
 def train_in_float32(model: nn.Module) -> int:
     """Bring the trained norms and biases of PEFT model `model` from 16 bits to float32; returns how many tensors.
 
@@ -310,6 +341,8 @@ def register_packed_lora() -> None:
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if isinstance(base, PackedEmbedding):
             raise ValueError("LoRA on a packed embedding is not supported: leave it out of target_modules")
+        if isinstance(base, PackedExperts | PackedStack):
+            raise ValueError(NO_LORA_ON_EXPERTS)
         if not isinstance(base, PackedLinear):
             return original(lora_config, adapter_name, target, **kwargs)
         if kwargs.get("parameter_name") is not None:

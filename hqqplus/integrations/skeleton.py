@@ -6,6 +6,7 @@ there are, which dtype loading gives them, which of them become packed, and what
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,11 +19,25 @@ from torch import Tensor
 
 from hqqplus.errors import NotStreamable
 from hqqplus.integrations.transformers import HqqPlusConfig, HqqPlusQuantizer, cast_unpacked, tied_modules
-from hqqplus.modules import packed_modules, replace
+from hqqplus.modules import PackedStack, packed_modules, replace
 from hqqplus.modules.packed import PackedState
 from hqqplus.quantization import PackedTensor
 from hqqplus.quantization.spec import QuantSpec, SolverOptions
 from hqqplus.shards import Form
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint goes.
+
+    Attributes:
+        name: of the tensor of the model.
+        expert: (expert, part) where it is one of several that are fused: the parts of an expert come one under the
+            other.
+    """
+
+    name: str
+    expert: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,26 @@ class Skeleton:
         """Module name -> shape of its full matrix, of `layers`."""
         return {name: layer.matrix_shape for name, layer in self.layers().items()}
 
+    def weights(self) -> dict[str, int]:
+        """Module name -> how many weights it packs, of `layers`."""
+        return {
+            name: layer.weights if isinstance(layer, PackedStack) else math.prod(layer.matrix_shape)
+            for name, layer in self.layers().items()
+        }
+
+    def stack(self, name: str) -> PackedStack | None:
+        """The empty stack `name`; None if that is no stack of experts."""
+        layer = self.model.get_submodule(name) if name in self.specs else None
+        return layer if isinstance(layer, PackedStack) else None
+
+    def pack_expert(self, name: str, index: int, weight: Tensor) -> PackedTensor:
+        """Quantize the matrix of expert `index` of stack `name`, just as while loading.
+
+        Raises:
+            ValueError: if it holds NaN or infinite values; the message names it.
+        """
+        return replace.pack_expert(name, index, weight, self.specs[name], self.options)
+
     def pack(self, name: str, weight: Tensor) -> PackedTensor:
         """Quantize `weight` as module `name` asks for, just as while loading: observers of packing see it.
 
@@ -69,7 +104,8 @@ class Skeleton:
         empty = self.model.get_submodule(name)
         try:
             spec, options = self.specs[name], self.options
-            return replace.pack_module(self.model, name, weight, spec, self.dtype, options).packed()
+            layer = replace.pack_module(self.model, name, weight, spec, self.dtype, options)
+            return layer.packed()
         finally:
             self.model.set_submodule(name, empty)
 
@@ -83,6 +119,37 @@ class Skeleton:
             if (renamed := self._rename(name)) != name:
                 raise NotStreamable(f"has {name} in its checkpoint, which is loaded as {renamed}")
 
+    def places(self, names: Iterable[str]) -> dict[str, Place]:
+        """Where loading puts the tensors of a checkpoint with these names: name -> place, of those that it takes.
+
+        Raises:
+            NotStreamable: if it would rename or split a tensor, or fuse some in another way than it does for experts;
+                of a model whose experts are packed, which is saved under the names that it has in memory, tensors may
+                be renamed and fused.
+        """
+        from transformers.core_model_loading import dot_natural_key
+
+        names = list(names)
+        if not any(isinstance(layer, PackedStack) for layer in self.layers().values()):
+            self.check_names(names)
+            return {name: Place(name) for name in names if name in self.loaded}
+        places: dict[str, Place] = {}
+        seen: dict[tuple[str, int], int] = {}
+        for name in sorted(names, key=dot_natural_key):  # which expert it is says its place among them
+            target, pattern = self._renamed(name)
+            if target not in self.loaded:
+                continue
+            if pattern is None:
+                places[name] = Place(target)
+                continue
+            rule = next(rule for rule in self.conversions[1] if pattern in rule.source_patterns)
+            if not _fuses_experts(rule):
+                raise NotStreamable(f"has {name} in its checkpoint, which is loaded as a part of {target}")
+            part = rule.source_patterns.index(pattern)
+            seen[target, part] = expert = seen.get((target, part), -1) + 1
+            places[name] = Place(target, (expert, part))
+        return places
+
     def may_lack(self, name: str) -> bool:
         """Whether loading makes up tensor `name` where the checkpoint lacks it, without a word."""
         patterns = self.model._keys_to_ignore_on_load_missing or ()
@@ -94,6 +161,13 @@ class Skeleton:
             self.model.save_pretrained(folder, state_dict={})
 
     def _rename(self, name: str) -> str:
+        renamed, pattern = self._renamed(name)
+        if pattern is not None:
+            return f"a part of {renamed}"
+        return renamed if renamed in self.loaded else name
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """The name that a tensor is loaded as, and the pattern of the rule by which it is a part of that."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
@@ -102,9 +176,7 @@ class Skeleton:
         if renamed not in loaded and name in loaded:
             # As in transformers: a name that is the model's own is not renamed to one that is not.
             renamed, pattern = rename_source_key(name, [], [], prefix, loaded)
-        if pattern is not None:
-            return f"a part of {renamed}"
-        return renamed if renamed in loaded else name
+        return renamed, pattern
 
 
 def build_skeleton(
@@ -113,6 +185,7 @@ def build_skeleton(
     stored_dtype: torch.dtype,
     cast_to: torch.dtype | None,
     trust_remote_code: bool = False,
+    packed_otherwise: bool = False,
 ) -> Skeleton:
     """The skeleton of the causal language model in `folder`.
 
@@ -121,6 +194,8 @@ def build_skeleton(
         quantization: how to pack it.
         stored_dtype: the dtype of the checkpoint, which holds where the configuration names none.
         cast_to: the dtype of what is not packed; None for that of loading.
+        packed_otherwise: the checkpoint is packed by another method, whose settings are left out; what it does not
+            pack is of `stored_dtype`, whatever the configuration says.
 
     Raises:
         NotStreamable: if the checkpoint has to be loaded by transformers itself.
@@ -130,11 +205,15 @@ def build_skeleton(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if packed_otherwise:
+        for name in ("quantization_config", "quantization"):
+            config.__dict__.pop(name, None)
+        config.dtype = stored_dtype
     if getattr(config, "quantization_config", None):
         raise NotStreamable("is quantized by another method already")
     if config.sub_configs:
         raise NotStreamable("is composed of several models")
-    if getattr(config, "transformers_weights", None) or type(config).extra_files:
+    if getattr(config, "transformers_weights", None) or getattr(type(config), "extra_files", ()):
         raise NotStreamable("keeps weights in files of other names")
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         raise NotStreamable("runs code of its own")
@@ -158,7 +237,7 @@ def build_skeleton(
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(_dtype_of(name, exceptions) or parameter.dtype)
     quantizer._process_model_before_weight_loading(model, dtype=dtype)
-    weights = {f"{name}.weight" for name in quantizer.specs}
+    weights = {replace.weight_name(model, name) for name in quantizer.specs}
     loaded = {
         name: (tuple(t.shape), _dtype_of(name, exceptions) or (dtype if name in weights else t.dtype))
         for name, t in full.items()
@@ -183,6 +262,14 @@ def _dtype_of(name: str, exceptions: dict[str, torch.dtype]) -> torch.dtype | No
     """The dtype that a model keeps tensor `name` in whatever its own dtype is; None for most."""
     found = (dtype for pattern, dtype in exceptions.items() if re.search(pattern.replace("*", ".*"), name))
     return next(found, None)
+
+
+def _fuses_experts(rule: Any) -> bool:
+    """Whether `rule` stacks the matrices of all experts, several parts one under the other, and does nothing else."""
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
+    parts = len(rule.source_patterns)
+    wanted = [("MergeModulelist", 0), *([("Concatenate", 1)] if parts > 1 else [])]
+    return steps == wanted and len(rule.target_patterns) == 1
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,7 +29,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hqqplus.errors import UserError
 from hqqplus.modules import replace
+from hqqplus.modules.experts import PackedStack
 from hqqplus.modules.packed import PackedState
+from hqqplus.progress import WorkProgress
 from hqqplus.quantization.spec import QuantPlan, QuantSpec, SolverOptions
 from hqqplus.quantization.tensor import state_names
 from hqqplus.untrusted import check_memory
@@ -105,10 +109,31 @@ class PackWeight(ConversionOps):
         model, key, missing_keys = kwargs["model"], kwargs["full_layer_name"], kwargs.get("missing_keys")
         (value,) = input_dict.values()
         weight: Tensor = value[0] if isinstance(value, list) else value
-        packed = self.quantizer.pack(model, key.removesuffix(".weight"), weight)
+        names = self.quantizer.planned_weights(model)
+        packed = self.quantizer.pack(model, names[key], weight)
         if missing_keys is not None:
-            missing_keys.difference_update(f"{name}.weight" for name in packed)
+            missing_keys.difference_update(key for key, name in names.items() if name in packed)
         return {}  # nothing left for transformers to store
+
+
+_shown: ContextVar[ExitStack | None] = ContextVar("hqqplus_packing_shown", default=None)
+
+
+@contextmanager
+def packing_shown() -> Iterator[None]:
+    """Within the block, quantizing while loading shows how far it is, in the place of transformers' own bar."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    with ExitStack() as stack:
+        token = _shown.set(stack)
+        try:
+            yield
+        finally:
+            _shown.reset(token)
+            if enabled:
+                logging.enable_progress_bar()
 
 
 class HqqPlusQuantizer(HfQuantizer):
@@ -123,6 +148,8 @@ class HqqPlusQuantizer(HfQuantizer):
         self.options = SolverOptions()
         self.tied: tuple[str, str] | None = None
         self.compute_dtype = torch.get_default_dtype()
+        self._progress: WorkProgress | None = None
+        self._weights: dict[str, str] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         refuse_spread(device_map)
@@ -137,10 +164,16 @@ class HqqPlusQuantizer(HfQuantizer):
         return device_map
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        spec = self.specs.get(param_name.removesuffix(".weight"))
-        if spec is not None and param_name.endswith(".weight") and not self.pre_quantized and param.dim() == 2:
-            return spec.bits_per_weight(*param.shape) / 8
+        name = None if self.pre_quantized else self.planned_weights(model).get(param_name)
+        if name is not None and param.dim() in (2, 3):
+            return self.specs[name].bits_per_weight(*param.shape[-2:]) / 8
         return float(param.element_size())
+
+    def planned_weights(self, model: Any) -> dict[str, str]:
+        """Name of each Parameter that is packed -> its name in the plan."""
+        if self._weights is None:
+            self._weights = {replace.weight_name(model, name): name for name in self.specs}
+        return self._weights
 
     def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> Any:
         self.compute_dtype = _as_dtype(dtype) or model.dtype
@@ -152,18 +185,19 @@ class HqqPlusQuantizer(HfQuantizer):
         if self.pre_quantized:
             for name, spec in self.specs.items():
                 if self.tied is None or name != self.tied[1]:
-                    layer = replace.empty_packed(model.get_submodule(name), spec, self.compute_dtype)
-                    model.set_submodule(name, layer)
+                    replace.put_empty(model, name, spec, self.compute_dtype)
             self._tie(model)
             if files := kwargs.get("checkpoint_files"):
                 tensors = (*model.parameters(), *model.buffers())  # on the meta device: none has memory yet
                 check_memory(sum(tensor.numel() * tensor.element_size() for tensor in tensors), files)
+        elif (shown := _shown.get()) is not None:
+            packed = (name for name in self.specs if self.tied is None or name != self.tied[1])
+            total = sum(replace.weight_of(model, name).numel() for name in packed)
+            self._progress = shown.enter_context(WorkProgress(total, what="quantizing"))
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return (
-            not self.pre_quantized and param_name.endswith(".weight") and param_name[: -len(".weight")] in self.specs
-        )
+        return not self.pre_quantized and param_name in self.planned_weights(model)
 
     def get_quantize_ops(self) -> ConversionOps:
         return PackWeight(self)
@@ -172,9 +206,11 @@ class HqqPlusQuantizer(HfQuantizer):
     def pack(self, model: Any, name: str, weight: Tensor) -> tuple[str, ...]:
         """Pack `weight` into module `name` and return the names packed: of two tied modules, both at once."""
         tied = self.tied if self.tied is not None and name in self.tied else None
-        if not isinstance(model.get_submodule(name), PackedState):
+        if not isinstance(_found(model, name), PackedState):
             main = tied[0] if tied else name
             mark_loaded(replace.pack_module(model, main, weight, self.specs[main], self.compute_dtype, self.options))
+            if self._progress is not None:
+                self._progress.advance(weight.numel(), main)
             if tied:
                 self._tie(model)
         return tied or (name,)
@@ -187,10 +223,11 @@ class HqqPlusQuantizer(HfQuantizer):
         tie_packed_names(model, self.tied)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._progress = None
         missing = [
             f"{name}.{key}"
             for name in self.specs
-            for key in _missing_tensors(model.get_submodule(name), f"{name} (not quantized)")
+            for key in _missing_tensors(_found(model, name), f"{name} (not quantized)")
         ]
         if missing:
             raise UserError(f"the checkpoint lacks {len(missing)} tensors of packed layers, the first is {missing[0]}")
@@ -215,6 +252,8 @@ class HqqPlusQuantizer(HfQuantizer):
             model.__dict__.pop("_tied_weights_keys", None)  # back to the class's own
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.hqq_quantized = False
+        if "_weight_conversions" in model.__dict__ and not model._weight_conversions:
+            del model._weight_conversions  # an ordinary mixture is saved in the form of its family again
         return model
 
 
@@ -243,6 +282,8 @@ def plan_of(model: Any, plan: QuantPlan) -> dict[str, QuantSpec]:
     plan = dataclasses.replace(plan, skip=(*plan.skip, *in_fp32))
     try:
         specs = replace.plan_modules(model, plan, frozenset(kept), tied_modules(model))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"quantization.overrides: {error}") from None
     if not specs:
@@ -287,6 +328,10 @@ def cast_unpacked(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
     for module in replace.packed_modules(model).values():
         module.compute_dtype = dtype
+    for module in model.modules():
+        # Gemma's embedding multiplies by a buffer, which is rounded to the dtype that the model was made in.
+        if isinstance(factor := getattr(module, "scalar_embed_scale", None), int | float):
+            module.embed_scale = torch.full_like(module.embed_scale, factor, dtype=dtype)
     model.config.dtype = dtype
 
 
@@ -295,6 +340,9 @@ def finish(model: Any) -> None:
     from hqqplus.integrations.peft import register_packed_lora
 
     register_packed_lora()
+    if any(isinstance(module, PackedStack) for module in model.modules()):
+        # Saved under the names of its parameters: transformers would take the stacks apart as if they were floats.
+        model._weight_conversions = []
     # PEFT's `prepare_model_for_kbit_training` upcasts the parameters of quantization methods it does not know.
     model.hqq_quantized = True
 
@@ -315,19 +363,24 @@ def quantize_model(model: Any, spec: QuantSpec | QuantPlan | HqqPlusConfig) -> A
     plan = config.plan() if config else spec if isinstance(spec, QuantPlan) else QuantPlan(spec)  # type: ignore[arg-type]
     if not isinstance(model, PreTrainedModel):
         for name, module_spec in replace.plan_modules(model, plan).items():
-            weight = model.get_submodule(name).weight
+            weight = replace.weight_of(model, name)
             replace.pack_module(model, name, weight, module_spec, weight.dtype, plan.solver)
         return model
     quantizer = HqqPlusQuantizer(config or HqqPlusConfig.from_plan(plan), pre_quantized=False)
     quantizer._process_model_before_weight_loading(model, dtype=model.dtype)
     for name in quantizer.specs:
-        module = model.get_submodule(name)
-        if not isinstance(module, PackedState):
-            quantizer.pack(model, name, module.weight)  # type: ignore[arg-type]
+        if not isinstance(_found(model, name), PackedState):
+            quantizer.pack(model, name, replace.weight_of(model, name))
     model.__dict__.update(is_quantized=True, quantization_method=QUANT_METHOD, hf_quantizer=quantizer)
     model.config.quantization_config = quantizer.quantization_config
     finish(model)
     return model
+
+
+def _found(model: Any, name: str) -> Any:
+    """The module, or the Parameter of experts, that a plan calls `name`."""
+    home, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(home), last)
 
 
 def _missing_tensors(module: nn.Module, otherwise: str) -> list[str]:

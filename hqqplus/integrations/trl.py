@@ -18,6 +18,8 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 import torch
 from torch import Tensor
+from transformers import PrinterCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -25,9 +27,11 @@ from hqqplus.errors import UserError
 from hqqplus.evaluation.perplexity import PerplexityResult
 from hqqplus.files import full_disk
 from hqqplus.integrations import fsdp
+from hqqplus.integrations.chat_templates import settle_template
 from hqqplus.integrations.distilling import Distillation, DistilledOutput, Request, add_distillation
 from hqqplus.integrations.paging import page_again
 from hqqplus.integrations.safekeeping import ROW_ID, ROW_IDS, Clock, LogState, Watch, with_row_ids
+from hqqplus.integrations.training_progress import TrainingProgress
 from hqqplus.integrations.transformers import refuse_spread
 
 # (model, process index, number of processes, sum over processes) -> result
@@ -108,8 +112,11 @@ class RecoveryTrainer(SFTTrainer):
         self._clock, self.log_state = Clock(), LogState(self)
         self._watch = Watch(self, stop_requested, describe_rows)
         self._sharded = fsdp.Announce(on_sharded if self.accelerator.is_fsdp2 else None)
-        for callback in (self._sharded, self._clock, self.log_state, self._watch):
+        self._progress = TrainingProgress()
+        for callback in (self._sharded, self._clock, self.log_state, self._watch, self._progress):
             self.add_callback(callback)
+        for theirs in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+            self.remove_callback(theirs)
 
     @property
     def _causal_model(self) -> Any:
@@ -127,7 +134,10 @@ class RecoveryTrainer(SFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.is_fsdp2:
             fsdp.shard_tied(self.model, self.accelerator)
-        output = super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self._progress.close()
         trained: Any = self.model
         fsdp.settle(trained)
         return output
@@ -370,11 +380,7 @@ def prepare_rows(dataset: Any, tokenizer: Any, arguments: SFTConfig) -> Any:
     # All that `_prepare_dataset` reads of a trainer, made as its constructor makes it.
     bare._tokenizer = tokenizer
     sample = next(iter(dataset))
-    template = arguments.chat_template_path
-    if template is not None:
-        if not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
-            raise UserError(f"training.chat_template_path: {template}: give a file that ends in .jinja or .j2")
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    settle_template(tokenizer, arguments.chat_template_path)
     bare.chat_template = None
     if arguments.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
         bare.chat_template = get_training_chat_template(tokenizer)

@@ -23,7 +23,7 @@ class PackedState(nn.Module):
     Attributes:
         spec: how the matrix is quantized.
         matrix_shape: (rows, columns) of the full matrix: (out_features, in_features) of a linear layer,
-            (num_embeddings, embedding_dim) of an embedding.
+            (num_embeddings, embedding_dim) of an embedding. A stack of experts has several of that shape.
         compute_dtype: the dtype of `weight` and of what `dequantize` returns by default.
     """
 
@@ -36,11 +36,18 @@ class PackedState(nn.Module):
     compute_dtype: torch.dtype
 
     def _init_packed(
-        self, spec: QuantSpec, shape: tuple[int, int], compute_dtype: torch.dtype, device: torch.device | str | None
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        compute_dtype: torch.dtype,
+        device: torch.device | str | None,
+        matrices: int | None = None,
     ) -> None:
+        """Make the parameters; with `matrices` each has one more dimension, of that many matrices of that shape."""
         self.spec, self.matrix_shape, self.compute_dtype = spec, shape, compute_dtype
         for name, (size, dtype) in state_shapes(spec, *shape).items():
-            setattr(self, name, nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False))
+            sizes = size if matrices is None else (matrices, *size)
+            setattr(self, name, nn.Parameter(torch.empty(sizes, dtype=dtype, device=device), requires_grad=False))
         if spec.metadata_bits != 8:
             self.register_parameter("blocks", None)
 
@@ -50,10 +57,18 @@ class PackedState(nn.Module):
         Raises:
             ValueError: if it has not.
         """
-        if (packed.spec, packed.shape) != (self.spec, self.matrix_shape):
-            raise ValueError(f"{packed.spec} of {packed.shape} does not fit {self.spec} of {self.matrix_shape}")
+        self.check_fits(packed)
         for name, tensor in packed.state().items():
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def check_fits(self, packed: PackedTensor) -> None:
+        """Refuse what is not of this layer's spec and shape.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if (packed.spec, packed.shape) != (self.spec, self.matrix_shape):
+            raise ValueError(f"{packed.spec} of {packed.shape} does not fit {self.spec} of {self.matrix_shape}")
 
     def packed(self) -> PackedTensor:
         """The matrix as a `PackedTensor` (sharing the tensors, where they are not sharded)."""

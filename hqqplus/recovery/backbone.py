@@ -30,13 +30,15 @@ from hqqplus.adapters.fingerprint import (
 from hqqplus.adapters.residual import Factors
 from hqqplus.calibration.calibrate import Calibration
 from hqqplus.errors import UserError
+from hqqplus.evaluation.layers import LayerCollector, Layers, read_layers
 from hqqplus.files import check_output
 from hqqplus.integrations.transformers import HqqPlusConfig
-from hqqplus.modules import observe_packing
+from hqqplus.modules import model_bytes, observe_packing
 from hqqplus.modules.replace import Solutions, packed_already
 from hqqplus.quantization.solver import SOLVER_VERSION
 from hqqplus.recipe import Recipe
 from hqqplus.recovery.calibrated import Text, calibrate_parent, calibration_folder, described, gain_of, samples_of
+from hqqplus.recovery.costs import Timed, untimed
 from hqqplus.recovery.processes import is_sharded
 from hqqplus.streaming import quantize_checkpoint
 from hqqplus.streaming.partial import remove_rest
@@ -47,11 +49,15 @@ Judge = Callable[[str, Sequence[str], str], None]
 
 @dataclass(frozen=True)
 class Backbone:
-    """A packed model, the fingerprint of it, and (where asked for) the factors of the LoRA start."""
+    """A packed model, the fingerprint of it, and (where asked for) the factors of the LoRA start.
+
+    `layers`: how well each layer came out, where that is known: of a packed folder, what lies in it.
+    """
 
     model: Any
     fingerprint: Fingerprint
     factors: dict[str, Factors] | None = None
+    layers: Layers | None = None
 
 
 def parent_of(recipe: Recipe) -> tuple[str, str | None] | None:
@@ -60,7 +66,9 @@ def parent_of(recipe: Recipe) -> tuple[str, str | None] | None:
     if not models.is_packed(name):
         return name, recipe.model.revision
     fingerprint = Fingerprint.read(name)
-    return (fingerprint.base, fingerprint.revision) if fingerprint else None
+    if fingerprint is None or fingerprint.converted:  # from one that is packed itself
+        return None
+    return fingerprint.base, fingerprint.revision
 
 
 def load_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
@@ -96,6 +104,7 @@ def load_backbone(
     start: bool,
     say: Callable[[str], None],
     allow_mismatch: bool = False,
+    timed: Timed = untimed,
 ) -> Backbone:
     """Bring up the packed model of `recipe` on `device`, by way of `quantization.save_to` where that is given.
 
@@ -103,6 +112,7 @@ def load_backbone(
         text: for what is found out before quantizing (`calibrated.py`).
         start: also compute the factors of the LoRA start that the recipe names.
         allow_mismatch: take a packed model that is not what the recipe makes, and say so.
+        timed: notes what calibrating and quantizing cost.
 
     Raises:
         UserError: if the model cannot be read, if `save_to` holds something else, if a packed model is not what its
@@ -134,20 +144,32 @@ def load_backbone(
         backbone = _packed(recipe, name, plan, device, versions, residual, judge)
         return replace(backbone, fingerprint=backbone.fingerprint.with_tokenizer(text.tokenizer))
     if recipe.calibration.method != "none":
-        return _calibrated(recipe, device, versions, text, start, judge)
-    config = _config(recipe, device, text, say)
+        return _calibrated(recipe, device, versions, text, start, judge, timed)
+    config = _config(recipe, device, text, say, timed)
     options = load_options(recipe, device)
     saved = section.save_to
     if saved is None:
-        collector = ResidualCollector(recipe.adapter.start_rank)
-        with observe_packing(collector) if residual else nullcontext():
+        collector, compared = ResidualCollector(recipe.adapter.start_rank), LayerCollector()
+        writes = PartialState().is_main_process
+        with (
+            timed("quantize"),
+            observe_packing(collector) if residual else nullcontext(),
+            observe_packing(compared) if writes else nullcontext(),
+        ):
             model = models.load_causal_lm(name, quantization=config, **options)
+        layers = compared.layers(_title(name, config), model, model_bytes(model)) if writes else None
         revision, tokenizer = recipe.model.revision, text.tokenizer
         fingerprint = models.fingerprint_of(model, name, revision, versions, tokenizer=tokenizer)
-        return Backbone(model, fingerprint, collector.factors if residual else None)
-    fingerprint = _save(recipe, saved, config, device, versions, judge)
+        return Backbone(model, fingerprint, collector.factors if residual else None, layers)
+    fingerprint = _save(recipe, saved, config, device, versions, judge, timed)
     model = models.load_causal_lm(saved, **{**_packed_options(recipe, device), "revision": None})
-    return Backbone(model, fingerprint, _factors(model, fingerprint, recipe) if residual else None)
+    factors = _factors(model, fingerprint, recipe) if residual else None
+    return Backbone(model, fingerprint, factors, read_layers(saved))
+
+
+def _title(name: str, config: HqqPlusConfig) -> str:
+    group = "row" if config.group_size == -1 else config.group_size
+    return f"{name}, {config.nbits}-bit g{group}"
 
 
 def base_folder(recipe: Recipe) -> str | None:
@@ -158,7 +180,9 @@ def base_folder(recipe: Recipe) -> str | None:
     return saved
 
 
-def _config(recipe: Recipe, device: torch.device, text: Text, say: Callable[[str], None]) -> HqqPlusConfig:
+def _config(
+    recipe: Recipe, device: torch.device, text: Text, say: Callable[[str], None], timed: Timed
+) -> HqqPlusConfig:
     """The recipe's quantization, its gain chosen where that is `auto`: once, if the packed model is saved."""
     section = recipe.quantization
     if section.gain != "auto":
@@ -167,7 +191,8 @@ def _config(recipe: Recipe, device: torch.device, text: Text, say: Callable[[str
     solver = noted.quantization.get("solver") if noted is not None else None
     if isinstance(solver, dict) and isinstance(gain := solver.get("gain"), int | float):
         return HqqPlusConfig.from_plan(section.plan(gain))
-    choice = gain_of(recipe, section.plan(), text, device)
+    with timed("calibrate"):
+        choice = gain_of(recipe, section.plan(), text, device)
     tried = ", ".join(f"{gamma:g}: {kl:.3f}" for gamma, kl in choice.kl.items())
     say(f"quantization.gain: {choice.gamma:g} (KL to the parent by gain, {choice.tokens:,} tokens: {tried})")
     return HqqPlusConfig.from_plan(section.plan(choice.gamma))
@@ -180,6 +205,7 @@ def _save(
     device: torch.device,
     versions: dict[str, str],
     judge: Judge,
+    timed: Timed,
     calibration: dict[str, Any] | None = None,
     solve: Callable[[], Solutions] | None = None,
 ) -> Fingerprint:
@@ -196,7 +222,11 @@ def _save(
         if state.is_main_process and Path(saved).exists():
             remove_rest(Path(saved))
         elif state.is_main_process:
-            with packed_already(solve()) if solve is not None else nullcontext():
+            solutions = None
+            if solve is not None:
+                with timed("calibrate"):
+                    solutions = solve()
+            with timed("quantize"), packed_already(solutions) if solutions is not None else nullcontext():
                 quantize_checkpoint(
                     name,
                     saved,
@@ -212,7 +242,7 @@ def _save(
 
 
 def _calibrated(
-    recipe: Recipe, device: torch.device, versions: dict[str, str], text: Text, start: bool, judge: Judge
+    recipe: Recipe, device: torch.device, versions: dict[str, str], text: Text, start: bool, judge: Judge, timed: Timed
 ) -> Backbone:
     saved = base_folder(recipe)
     assert saved is not None
@@ -225,16 +255,17 @@ def _calibrated(
 
     config = HqqPlusConfig.from_plan(plan)
     how = described(recipe, tokens)
-    fingerprint = _save(recipe, saved, config, device, versions, judge, how, lambda: solve().solutions)
+    fingerprint = _save(recipe, saved, config, device, versions, judge, timed, how, lambda: solve().solutions)
     model = models.load_causal_lm(saved, **{**_packed_options(recipe, device), "revision": None})
+    layers = read_layers(saved)
     if not start or recipe.adapter.init == "default":
-        return Backbone(model, fingerprint)
+        return Backbone(model, fingerprint, None, layers)
     if recipe.adapter.init == "residual":
-        return Backbone(model, fingerprint, _factors(model, fingerprint, recipe))
+        return Backbone(model, fingerprint, _factors(model, fingerprint, recipe), layers)
     state = PartialState()
     with state.main_process_first():  # nothing is left to solve: what was found is read
         found = solve().factors
-    return Backbone(model, fingerprint, {name: (a, b) for name, (a, b, _) in found.items()})
+    return Backbone(model, fingerprint, {name: (a, b) for name, (a, b, _) in found.items()}, layers)
 
 
 def _factors(model: Any, fingerprint: Fingerprint, recipe: Recipe) -> dict[str, Factors]:
@@ -267,11 +298,16 @@ def _packed(
         changes = differences({PACKED: noted.packed_sha256}, {PACKED: fingerprint.packed_sha256}, FILE_NAME)
         head = f"model.name_or_path: {name}: this packed model is not the one that it was written as"
         judge(head, changes, "fetch or quantize it anew")
-        kept = ("baked", "calibration", "parent_digest", "solver")
+        kept = ("baked", "calibration", "parent_digest", "solver", "converted")
         fingerprint = replace(fingerprint, **{field: getattr(noted, field) for field in kept})
     if residual and parent is None:
         raise UserError(f"adapter.init: {name} does not say what it was quantized from; use init: default")
-    return Backbone(model, fingerprint, _factors(model, fingerprint, recipe) if residual else None)
+    if residual and fingerprint.converted:
+        raise UserError(
+            f"adapter.init: {name} was converted, the weights before its quantization are not known; use init: default"
+        )
+    factors = _factors(model, fingerprint, recipe) if residual else None
+    return Backbone(model, fingerprint, factors, read_layers(models.resolve_name(name)))
 
 
 def _check_saved(

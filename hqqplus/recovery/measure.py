@@ -16,6 +16,8 @@ from hqqplus.integrations.fsdp import in_lockstep
 from hqqplus.untrusted import read_json
 
 FILE_NAME = "measurements.json"
+# Beside the stages.
+_COSTS = "costs"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,28 @@ class Notebook:
             entry = {"digest": _digest(depends_on), "measurement": asdict(measurement)}
             write_json(self.path, {**self._read(), stage: entry})
         return measurement
+
+    def costs(self, depends_on: Any) -> dict[str, dict[str, Any]]:
+        """What stages cost: stage -> {"seconds", "peak_bytes"}, the latter None where it is not known."""
+        try:
+            found = self._read()[_COSTS]
+            stages = found["stages"].items() if found["digest"] == _digest(depends_on) else ()
+            costs = {name: {key: cost[key] for key in ("seconds", "peak_bytes")} for name, cost in stages}
+        except (KeyError, TypeError, AttributeError):
+            return {}  # not noted, or by someone else
+        known = [cost["seconds"] for cost in costs.values()]
+        known += [cost["peak_bytes"] for cost in costs.values() if cost["peak_bytes"] is not None]
+        return costs if all(isinstance(number, int | float) for number in known) else {}
+
+    def note_cost(self, depends_on: Any, stage: str, seconds: float, peak_bytes: int | None) -> None:
+        """Note what `stage` cost: its seconds in the place of earlier ones, its peak if it is higher than before."""
+        if self.writes:
+            costs = self.costs(depends_on)
+            peaks = [peak_bytes, costs.get(stage, {}).get("peak_bytes")]
+            peak = max((peak for peak in peaks if peak is not None), default=None)
+            costs[stage] = {"seconds": seconds, "peak_bytes": peak}
+            entry = {"digest": _digest(depends_on), "stages": costs}
+            write_json(self.path, {**self._read(), _COSTS: entry})
 
     def _read(self) -> dict[str, Any]:
         try:

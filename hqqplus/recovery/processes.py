@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
+from torch import nn
 
 from hqqplus.errors import UserError
 from hqqplus.integrations import fsdp
 from hqqplus.integrations.transformers import DEVICE_MAP_REFUSED
+from hqqplus.modules import PackedStack
 from hqqplus.recipe import Recipe
 
 # What FSDP2 can share out: optimizers of torch's own, which compute with shards as they are.
@@ -81,6 +83,20 @@ def check_processes(settings: Mapping[str, Any], state: PartialState, checkpoint
         _check_deepspeed(settings)
     if checkpoint is not None:
         _check_checkpoint(checkpoint, state.num_processes, sharded)
+
+
+def check_experts(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Refuse to train a model with packed experts by DeepSpeed's ZeRO-3.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    third = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if _asks_for_deepspeed(settings) and third and any(isinstance(module, PackedStack) for module in model.modules()):
+        raise UserError(
+            "DeepSpeed's ZeRO-3 has not been tried with packed experts: share the model out by FSDP2 "
+            f"({_CONFIGURATIONS}/fsdp2.yaml), or use {_CONFIGURATIONS}/deepspeed_zero2.yaml"
+        )
 
 
 def default_optimizer(settings: Mapping[str, Any], state: PartialState) -> str | None:

@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from hqqplus.data import RowForm, load_rows
+from hqqplus.data import load_rows
 from hqqplus.errors import UserError
 from hqqplus.evaluation.perplexity import Windows
 from hqqplus.files import check_output
+from hqqplus.integrations.chat_templates import settle_template
 from hqqplus.integrations.trl import sft_config
 from hqqplus.recipe import Recipe
+from hqqplus.recovery.answers import answers_only
 from hqqplus.recovery.packing import settle_packing
-from hqqplus.recovery.prepare import Preparation
+from hqqplus.recovery.prepare import Keeping, Preparation
 from hqqplus.recovery.processes import default_optimizer
-from hqqplus.recovery.streamed import stream_data
+from hqqplus.recovery.row_cache import RowCache, contents_sha256, default_folder
+from hqqplus.recovery.streamed import StreamedRows, stream_data
 from hqqplus.recovery.supervision import Cut, MaskedRows
 from hqqplus.recovery.tracking import reported_by_transformers
+from hqqplus.row_forms import RowForm
 
 Say = Callable[[str], None]
 
@@ -46,6 +50,7 @@ class TrainingRows:
         settings: of the trainer, as `trainer_settings` has them.
         packing: as in the recipe.
         masked: what becomes of rows without a supervised token, as in the recipe.
+        cache: where prepared rows are kept for the next start.
 
     Attributes:
         arguments: of the trainer; whether they pack is certain after `of`.
@@ -60,10 +65,16 @@ class TrainingRows:
         packing: Any,
         say: Say,
         masked: MaskedRows = "refuse",
+        cache: RowCache | None = None,
     ) -> None:
-        self.tokenizer, self.arguments, self.rows = tokenizer, sft_config(settings, "recipe"), None
-        self._train, self._settings, self._packing, self._say = train, settings, packing, say
+        settle_template(tokenizer, settings.get("chat_template_path"))
+        self._train, self._settings = answers_only(train, tokenizer, settings, masked, say)
+        self.tokenizer, self.arguments, self.rows = tokenizer, sft_config(self._settings, "recipe"), None
+        self._packing, self._say, self._cache = packing, say, cache
         self._masked: MaskedRows = masked
+        self._tokenized: Any = None
+        self._noted: list[str] = []
+        self._keeping: Keeping | None = None
 
     def check(self) -> None:
         """Tokenize the rows, and say what is wrong with them before there is a model.
@@ -71,9 +82,20 @@ class TrainingRows:
         Raises:
             UserError: for what `Preparation` refuses, as far as it does not depend on packing.
         """
-        cuts = {Cut.of(self._arguments(packing)) for packing in (True, False)}
-        if self._packing != "auto" or len(cuts) == 1:
-            self._train = self._preparation(self.arguments).tokenized(self._train)
+        ways = [self._arguments(packing) for packing in (True, False) if self._packing in ("auto", packing)]
+        if len({Cut.of(way) for way in ways}) > 1:
+            return
+        # With what was prepared already there was nothing wrong.
+        if not any(self._preparation(way).is_kept(self._train) for way in ways):
+            self._tokenized = self.tokenized()
+
+    def tokenized(self) -> Any:
+        """The rows with tokens and labels, not yet cut or packed; of a stream, its beginning.
+
+        Raises:
+            UserError: as `check`.
+        """
+        return self._preparation(self.arguments).tokenized(self._train)
 
     def of(self, model: Any) -> Any:
         """The rows; `model` is the one that will be trained, or its parent.
@@ -93,16 +115,41 @@ class TrainingRows:
     def settle(self, packing: bool) -> None:
         """Prepare the rows, packed or not. In every process at once: there are barriers in it."""
         self.arguments = self._arguments(packing)
-        self.rows = self._preparation(self.arguments).of(self._train)
+        self.rows = self._preparation(self.arguments).of(self._train, self._tokenized)
+        self._tokenized = None
 
     def _arguments(self, packing: bool) -> Any:
         return sft_config({**self._settings, "packing": packing}, "recipe")
 
     def _preparation(self, arguments: Any) -> Preparation:
-        return Preparation(self.tokenizer, arguments, self._masked, self._say)
+        if self._cache is not None and self._keeping is None and not isinstance(self._train, StreamedRows):
+            self._keeping = Keeping(self._cache, contents_sha256(self._train))
+        return Preparation(self.tokenizer, arguments, self._masked, self._say, self._keeping, self._noted)
+
+
+def row_cache(recipe: Recipe, say: Say) -> RowCache | None:
+    """Where the recipe has prepared rows kept."""
+    place = recipe.data.cache
+    if place is False:
+        return None
+    return RowCache(default_folder() if place is True else place, say)
 
 
 EVALUATION_SET = "evaluation"
+
+
+def form_of(recipe: Recipe) -> RowForm:
+    """The form of the recipe's rows."""
+    section = recipe.data
+    return RowForm(
+        section.text_field,
+        section.prompt,
+        section.completion,
+        section.messages,
+        section.alpaca,
+        section.alpaca_prompt,
+        section.sharegpt,
+    )
 
 
 def load_data(recipe: Recipe, tokenizer: Any, say: Say) -> RunData:
@@ -112,30 +159,34 @@ def load_data(recipe: Recipe, tokenizer: Any, say: Say) -> RunData:
         UserError: for a file, split, column or row that is missing or wrong.
     """
     section = recipe.data
-    form = RowForm(section.text_field, section.prompt, section.completion, section.messages)
+    form = form_of(recipe)
+    # What documents look like is for it to say too.
+    settle_template(tokenizer, recipe.training.get("chat_template_path"))
     eos, bos = tokenizer.eos_token if section.eos else None, unwritten_bos(tokenizer)
     if section.streaming:
         train, measured, beginning = stream_data(recipe, tokenizer, form, eos, bos, _HELD_OUT, say)
         if not section.eos:
             train = replace(train, rows=without_eos(train.rows, tokenizer), head=without_eos(train.head, tokenizer))
         return RunData(train, _texts(recipe, tokenizer, form, measured), beginning)
-    rows = load_rows(section.path_or_name, section.split, section.config_name)
-    form.check(rows, "data.path_or_name")
+    where = "data.path_or_name"
+    rows, plain = form.plain(load_rows(section.path_or_name, section.split, section.config_name), tokenizer, where)
     measured = None
     if not section.eval_path_or_name and section.eval_split:
         held_out = load_rows(section.path_or_name, section.eval_split, section.config_name, where="data.eval_split")
-        form.check(held_out, "data.eval_split")
-        measured = form.documents(held_out, tokenizer)
+        held_out, _ = form.plain(held_out, tokenizer, "data.eval_split")
+        measured = plain.documents(held_out, tokenizer)
     elif not section.eval_path_or_name:
         count = min(max(1, int(len(rows) * _HELD_OUT[0])), _HELD_OUT[1])
         if len(rows) < 2:
             raise UserError("data.path_or_name: one row is too few to train on and to hold out from")
         parts = rows.train_test_split(test_size=count, seed=recipe.seed)
-        rows, measured = parts["train"], form.documents(parts["test"], tokenizer)
+        rows, measured = parts["train"], plain.documents(parts["test"], tokenizer)
         say(f"no evaluation set named: {count} training rows are held out (data.eval_path_or_name or data.eval_split)")
-    sft = form.to_sft(rows, eos, bos)
+    sft = plain.to_sft(rows, eos, bos)
     texts = _texts(recipe, tokenizer, form, measured)
-    return RunData(sft if section.eos else without_eos(sft, tokenizer), texts, lambda: form.documents(rows, tokenizer))
+    return RunData(
+        sft if section.eos else without_eos(sft, tokenizer), texts, lambda: plain.documents(rows, tokenizer)
+    )
 
 
 def _texts(recipe: Recipe, tokenizer: Any, form: RowForm, measured: list[str] | None) -> dict[str, list[str]]:
@@ -145,8 +196,8 @@ def _texts(recipe: Recipe, tokenizer: Any, form: RowForm, measured: list[str] | 
         # Without `config_name`: a configuration belongs to the hub name that it was given with.
         named, where = str(section.eval_path_or_name), "data.eval_path_or_name"
         held_out = load_rows(named, section.eval_split or "train", where=where)
-        form.check(held_out, where)
-        measured = form.documents(held_out, tokenizer)
+        held_out, plain = form.plain(held_out, tokenizer, where)
+        measured = plain.documents(held_out, tokenizer)
     texts = {EVALUATION_SET: measured}
     for name, path in recipe.evaluation.texts.items():
         further = load_rows(path, where=f"evaluation.texts.{name}")

@@ -15,11 +15,19 @@ from typing import Any
 import torch.utils.data
 from datasets import Dataset, IterableDataset
 
-from hqqplus.data import RowForm, _is_string
-from hqqplus.data_stream import Streamed, StreamFault, local_files, read_fault, stream_rows, to_sft
+from hqqplus.data_stream import (
+    Streamed,
+    StreamFault,
+    local_files,
+    plain_stream,
+    read_fault,
+    stream_rows,
+    to_sft,
+)
 from hqqplus.errors import UserError
 from hqqplus.recipe import Recipe
 from hqqplus.recovery.rows import ROW_ID
+from hqqplus.row_forms import RowForm, is_string
 
 Say = Callable[[str], None]
 
@@ -65,13 +73,17 @@ def stream_data(
     """
     section = recipe.data
     name = section.path_or_name
-    found = Streamed.of(stream_rows(name, section.split, section.config_name), form, name, WHERE)
+
+    def opened(split: str, where: str, most: int | None = None) -> Streamed:
+        stream = stream_rows(name, split, section.config_name, where)
+        stream, plain = plain_stream(stream, form, tokenizer, name, where)
+        return Streamed.of(stream, plain, name, where, most=most)
+
+    found = opened(section.split, WHERE)
     texts: list[str] | None = None
     count = 0
     if section.eval_path_or_name is None and section.eval_split is not None:
-        where = "data.eval_split"
-        stream = stream_rows(name, section.eval_split, section.config_name, where)
-        other = Streamed.of(stream, form, name, where, most=EVALUATION_ROWS)
+        other = opened(section.eval_split, "data.eval_split", EVALUATION_ROWS)
         texts = other.form.documents(other.part(0, EVALUATION_ROWS), tokenizer)
         if not other.whole:
             say(f"evaluation on the first {len(other.head):,} rows of the split '{section.eval_split}', a stream")
@@ -91,7 +103,7 @@ def stream_data(
     rows = found.without(count)
     if section.shuffle_buffer > 1:
         rows = rows.shuffle(seed=recipe.seed, buffer_size=section.shuffle_buffer)
-    text = [column for column in head.column_names if _is_string(head.features[column])]
+    text = [column for column in head.column_names if is_string(head.features[column])]
     return (
         StreamedRows(to_sft(rows, text, eos, bos), head, name),
         texts,

@@ -9,6 +9,7 @@ from typing import Any
 from hqqplus import models
 from hqqplus.adapters import Fingerprint
 from hqqplus.evaluation.report import Report, read_report
+from hqqplus.modules import PackedEmbedding, PackedLinear, packed_modules
 from hqqplus.recipe import Recipe, recipe_digest, to_dict
 from hqqplus.recovery.measure import Measurement
 
@@ -28,6 +29,14 @@ def finished(output_dir: Path, recipe: Recipe) -> Report | None:
         return None
     baked = recipe.recovery.scales == "bake"
     return None if baked and not models.is_packed(str(output_dir / models.PACKED_FOLDERS[0])) else report
+
+
+def linear_weights(model: Any) -> int:
+    """Weights of the packed linear layers and experts of `model`: those that `bits_per_weight` is an average over."""
+    modules = packed_modules(model).values()
+    shared = {id(module.W_q) for module in modules if isinstance(module, PackedEmbedding)}
+    counted = [m for m in modules if not isinstance(m, PackedEmbedding) and id(m.W_q) not in shared]
+    return sum(m.in_features * m.out_features if isinstance(m, PackedLinear) else m.weights for m in counted)
 
 
 def curve(log_history: Iterable[Mapping[str, Any]], key: str) -> list[list[float]]:

@@ -14,12 +14,15 @@ import numpy as np
 
 from hqqplus.data_stream import PLACE, StreamFault
 from hqqplus.errors import UserError
+from hqqplus.evaluation.report import visible
 from hqqplus.recovery.distillation import IGNORED
 
 MaskedRows = Literal["refuse", "drop"]
 
 # Of each end of a text that is shown, so many characters.
 _SHOWN = 200
+# The same of an example, and the parts of it that are shown, masked ones and others in turn.
+_SHOWN_OF_EXAMPLE, _PARTS = 80, 6
 _OUT = "Give a larger data.max_length, or data.masked_rows: drop to leave such rows out"
 
 
@@ -97,6 +100,18 @@ def share(rows: Any, which: str = "") -> str:
     counts, tokens = supervised_tokens(rows)
     part = counts.sum() / tokens if tokens else 0.0
     return f"{counts.sum():,} of {tokens:,} tokens ({part:.1%}) in {which}{len(counts):,} training rows are supervised"
+
+
+def example(rows: Any, tokenizer: Any, cut: Cut = Cut()) -> str:
+    """How the first of the tokenized `rows` begins after `cut`, in a line: its first document, masked text in
+    brackets."""
+    row = rows[0]
+    ids, labels = row["input_ids"], row["labels"] if "labels" in rows.column_names else row["input_ids"]
+    window = slice(0, row["seq_lengths"][0]) if "seq_lengths" in rows.column_names else cut.window(len(ids))
+    parts = list(_marked(ids[window], labels[window], tokenizer, _SHOWN_OF_EXAMPLE))
+    text = "".join(parts[:_PARTS]) + (" ..." if len(parts) > _PARTS else "")
+    line = visible(text).replace("\n", "\\n")
+    return f"the first row, masked text in brackets: {line}"
 
 
 class Guard:
@@ -196,15 +211,15 @@ def _because(row: Mapping[str, Any], tokenizer: Any, cut: Cut) -> str:
     return f"no supervised token: every one that follows another is masked, in brackets: {text}"
 
 
-def _marked(ids: list[int], labels: list[int], tokenizer: Any) -> Iterator[str]:
+def _marked(ids: list[int], labels: list[int], tokenizer: Any, shown: int = _SHOWN) -> Iterator[str]:
     """Runs of tokens, decoded; masked ones in brackets."""
     start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):
-            text = _ends(tokenizer.decode(ids[start:end]))
+            text = _ends(tokenizer.decode(ids[start:end]), shown)
             yield f"[{text}]" if labels[start] == IGNORED else text
             start = end
 
 
-def _ends(text: str) -> str:
-    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
+def _ends(text: str, shown: int = _SHOWN) -> str:
+    return text if len(text) <= 2 * shown else f"{text[:shown]} ... {text[-shown:]}"

@@ -263,7 +263,7 @@ def build_cache(
         with locked_folder(partial, where), _Writer(partial, identity, settings, where) as writer:
             done = sum(path.stat().st_size for path in partial.iterdir())
             check_space(partial, survey.positions * k * 6 + survey.rows * (KEY_BYTES + 8) - done, where)
-            with WorkProgress(survey.tokens, writer.tokens, quiet, "tokens") as progress:
+            with WorkProgress(survey.tokens, writer.tokens, quiet, "tokens", what="asking the teacher") as progress:
                 for seen, block in _blocks(rows, writer.seen, writer.keys, block_tokens):
                     for row, (ids, log_probs) in zip(block, _top(block, teacher, head, k, batch_tokens), strict=True):
                         writer.add(row, ids, log_probs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,31 @@ from torch import nn
 from hqqplus.adapters.ranks import attention_layers, rank_pattern, role_ranks
 from hqqplus.adapters.scales import add_trainable_scales, load_extras, save_extras, scale_parameters
 from hqqplus.errors import UserError
-from hqqplus.integrations.peft import add_gains, gain_parameters, norm_modules, train_in_float32
+from hqqplus.integrations.peft import (
+    add_gains,
+    gain_parameters,
+    norm_modules,
+    targets_beside_experts,
+    train_in_float32,
+)
 from hqqplus.integrations.trl import Extras
 from hqqplus.modules import PackedLinear
 from hqqplus.recipe import Adapter, Recipe
+from hqqplus.recovery.processes import check_experts
 
 
 def add_adapter(model: Any, recipe: Recipe) -> Any:
     """`get_peft_model` as the recipe says, with PEFT's own start: LoRA, trained norms and biases, gains.
 
     Raises:
-        UserError: if the target modules name nothing, or the output head; if the byte budget is too small.
+        UserError: if the target modules name nothing, the output head or experts; if the byte budget is too small.
     """
     from peft import LoraConfig, get_peft_model
 
     section = recipe.adapter
-    targets = section.target_modules
-    ranks, alphas = _patterns(model, section)
+    check_experts(model, recipe.training)
+    targets = targets_beside_experts(model, section.target_modules)
+    ranks, alphas = _patterns(model, section, targets)
     norms = norm_modules(model) if recipe.recovery.norms else []
     if recipe.recovery.norms and not norms:
         raise UserError(f"recovery.norms: {type(model).__name__} has no norm with a weight: set it to false")
@@ -36,7 +45,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
         r=section.r,
         lora_alpha=section.alpha,  # type: ignore[arg-type]  # PEFT divides by r or sqrt(r): a float is fine
         lora_dropout=section.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=targets,
         rank_pattern=ranks,
         alpha_pattern=alphas,
         modules_to_save=norms or None,
@@ -60,13 +69,13 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
     return adapted
 
 
-def _patterns(model: Any, section: Adapter) -> tuple[dict[str, int], dict[str, Any]]:
+def _patterns(model: Any, section: Adapter, targets: str | list[str]) -> tuple[dict[str, int], dict[str, Any]]:
     """`rank_pattern` and `alpha_pattern`, with alpha / r the same in all layers."""
     ratio = section.alpha / section.r
     if section.budget_mb is None:
         alphas = {pattern: rank * ratio for pattern, rank in section.rank_pattern.items()}
         return dict(section.rank_pattern), alphas
-    shapes = targeted_shapes(model, section.target_modules)
+    shapes = targeted_shapes(model, targets)
     try:
         ranks = role_ranks(shapes, attention_layers(model, shapes), int(section.budget_mb * 1e6))
     except ValueError as error:
@@ -74,7 +83,7 @@ def _patterns(model: Any, section: Adapter) -> tuple[dict[str, int], dict[str, A
     return rank_pattern(ranks, ratio, section.r)
 
 
-def targeted_shapes(model: Any, targets: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
+def targeted_shapes(model: Any, targets: str | Sequence[str]) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of the packed linear layers that LoRA will be put on."""
     head = model.get_output_embeddings()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear) and m is not head}

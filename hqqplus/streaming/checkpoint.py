@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hqqplus import models
 from hqqplus.errors import NotStreamable, UserError
@@ -59,6 +61,60 @@ def identity(folder: Path, files: list[str], commit: str | None) -> dict[str, An
         "commit": commit,
         "files": {name: [s.st_size, *([] if commit else [s.st_mtime_ns])] for name, s in stats.items()},
     }
+
+
+@dataclass(frozen=True)
+class FusedTensor:
+    """A tensor [experts, rows, columns] of the model that a checkpoint holds in pieces, maybe in several files.
+
+    Attributes:
+        name: in the model.
+        experts: of each expert the parts of its matrix, which stand one under the other.
+    """
+
+    name: str
+    experts: tuple[tuple[StoredTensor, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the first expert's parts give it; `is_even` says whether the others agree."""
+        rows, columns = sum(part.shape[0] for part in self.experts[0]), self.experts[0][0].shape[1:]
+        return (len(self.experts), rows, *columns)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all experts are of the same matrices."""
+        shapes = {tuple(part.shape for part in parts) for parts in self.experts}
+        (first, *others) = shapes
+        return not others and all(len(shape) == 2 and shape[1] == first[0][1] for shape in first)
+
+    def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
+        """The matrix of an expert, in `dtype`."""
+        return torch.cat([part.read().to(dtype) for part in self.experts[index]])
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The experts' matrices one after the other, in `dtype`."""
+        return (self.matrix(index, dtype) for index in range(len(self.experts)))
+
+
+@dataclass(frozen=True)
+class WholeTensor:
+    """A tensor of the model that a checkpoint holds as it is, maybe under another name."""
+
+    name: str
+    stored: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Of a tensor [experts, rows, columns] the matrix of an expert, in `dtype`."""
+        return self.stored.part(index).to(dtype)
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The tensor flattened, in pieces and in `dtype`."""
+        return (piece.to(dtype) for piece in self.stored.pieces())
 
 
 def dtype_of(header: Mapping[str, StoredTensor]) -> torch.dtype:

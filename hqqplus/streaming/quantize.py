@@ -3,6 +3,9 @@
 Each safetensors file of the checkpoint becomes one of the same name with packed tensors in it. No more than one weight
 is in memory, whatever the size of the model or of its files, and what is written is not done again after a kill
 (`hqqplus.streaming.partial`). The tensors are, byte for byte, those that quantizing while loading gives.
+
+The experts of a mixture lie in a checkpoint matrix by matrix, and are packed to a stack: that is in memory, packed,
+with the full-precision matrix of one expert, and is written to the file in which its first expert lay.
 """
 
 from __future__ import annotations
@@ -21,21 +24,20 @@ from torch import Tensor
 from hqqplus import models
 from hqqplus.adapters.fingerprint import Fingerprint, sha256_of_layers
 from hqqplus.errors import NotStreamable, UserError
-from hqqplus.evaluation.layers import Layer, Layers, write_layers
+from hqqplus.evaluation.layers import Layer, LayerCollector, Layers, write_layers
 from hqqplus.files import check_output, check_space, full_disk, replacing_folder, write_json
-from hqqplus.modules import PackedEmbedding, observe_packing, packed_modules
+from hqqplus.modules import PackedEmbedding, PackedStack, observe_packing, packed_modules
 from hqqplus.modules.replace import check_solutions, solutions_in_use
 from hqqplus.progress import WorkProgress
-from hqqplus.quantization import PackedTensor
 from hqqplus.quantization.solver import SOLVER_VERSION
-from hqqplus.quantization.statistics import LayerStatistics, layer_statistics
+from hqqplus.quantization.statistics import ExpertStatistics, LayerStatistics, layer_statistics
 from hqqplus.quantization.tensor import state_shapes
 from hqqplus.shards import Form, SafetensorsWriter, StoredTensor, byte_size, read_header
-from hqqplus.streaming.checkpoint import INDEX, SINGLE, dtype_of, fetch, identity
+from hqqplus.streaming.checkpoint import INDEX, SINGLE, FusedTensor, WholeTensor, dtype_of, fetch, identity
 from hqqplus.streaming.partial import FileInWork, PartialFolder, partial_folder
 
 if TYPE_CHECKING:
-    from hqqplus.integrations.skeleton import Skeleton
+    from hqqplus.integrations.skeleton import Place, Skeleton
     from hqqplus.integrations.transformers import HqqPlusConfig
 
 # Room for configuration, tokenizer, report and card.
@@ -95,9 +97,9 @@ def quantize_checkpoint(
     """Quantize model `name` (a folder or a hub id) and write the packed model to folder `output`.
 
     A call that was interrupted is continued by the same call. `output` is replaced, if it exists, by the last step. A
-    checkpoint whose tensors transformers renames or fuses while it loads them (mixtures of experts) is loaded as a
-    whole instead; the reason is logged. Within `modules.replace.packed_already` layers that were solved beforehand are
-    written as they are.
+    checkpoint whose tensors transformers renames or fuses while it loads them (other than experts that are packed) is
+    loaded as a whole instead; the reason is logged. Within `modules.replace.packed_already` layers that were solved
+    beforehand are written as they are.
 
     Args:
         quantization: how to pack it.
@@ -196,9 +198,10 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor of the checkpoint: it is packed into layer `layer`, or, where that is None, copied."""
+    """A tensor of the model as it lies in the checkpoint: it is packed into layer `layer`, or, where that is None,
+    copied."""
 
-    tensor: StoredTensor
+    tensor: WholeTensor | FusedTensor
     layer: str | None
     dtype: torch.dtype  # that loading gives it
     outputs: dict[str, Form]
@@ -218,7 +221,7 @@ class _Shard:
 
     @property
     def layers(self) -> dict[str, str]:
-        """Tensor of the checkpoint -> the layer that it is packed into."""
+        """Tensor of the model -> the layer that it is packed into."""
         return {source.tensor.name: source.layer for source in self.sources if source.layer is not None}
 
 
@@ -292,8 +295,8 @@ def _plan(skeleton: Skeleton, headers: Mapping[str, Mapping[str, StoredTensor]])
         if double := next((name for name in header if name in found), None):
             raise NotStreamable(f"holds {double} in more than one file")
         found.update(header)
-    skeleton.check_names(found)
-    names = {name: name for name in found if name in skeleton.loaded}  # in the checkpoint -> in the model
+    places = skeleton.places(found)
+    names = {name: place.name for name, place in places.items()}  # in the checkpoint -> in the model
     for other, kept in skeleton.ties.items():
         if other in names and kept in names and not _equal(found[other], found[kept]):
             raise NotStreamable(f"ties {other} to {kept}, but has different ones in its checkpoint")
@@ -305,14 +308,19 @@ def _plan(skeleton: Skeleton, headers: Mapping[str, Mapping[str, StoredTensor]])
     if missing:
         further = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
         raise UserError(f"the checkpoint lacks {missing[0]}{further}")
-    if unused := [name for name in found if name not in skeleton.loaded]:
+    if unused := [name for name in found if name not in places]:
         _log.warning("%d tensors of the checkpoint are none of the model's, such as %s", len(unused), unused[0])
     parameters = {name for name, _ in skeleton.model.named_parameters()}
+    fused = _fused(found, places, skeleton)
     shards = []
     for file, header in headers.items():
-        sources = [
-            _source(tensor, names[name], skeleton, parameters) for name, tensor in header.items() if name in names
-        ]
+        sources = []
+        for name, stored in header.items():
+            if name not in names:
+                continue
+            tensor = fused.get(names[name]) or WholeTensor(names[name], stored)
+            if isinstance(tensor, WholeTensor) or tensor.experts[0][0] is stored:
+                sources.append(_source(tensor, skeleton, parameters))
         if sources := [source for source in sources if source.outputs]:
             shards.append(_Shard(file, sources))
     if {name: form for shard in shards for name, form in shard.forms.items()} != skeleton.stored:
@@ -320,17 +328,50 @@ def _plan(skeleton: Skeleton, headers: Mapping[str, Mapping[str, StoredTensor]])
     return shards
 
 
-def _source(tensor: StoredTensor, name: str, skeleton: Skeleton, parameters: set[str]) -> _Source:
+def _fused(
+    found: Mapping[str, StoredTensor], places: Mapping[str, Place], skeleton: Skeleton
+) -> dict[str, FusedTensor]:
+    """Name in the model -> its parts, of the tensors that are fused.
+
+    Raises:
+        UserError: if experts or parts of them are missing, or they are not all of one form.
+    """
+    parts: dict[str, dict[tuple[int, int], StoredTensor]] = {}
+    for name, place in places.items():
+        if place.expert is not None:
+            parts.setdefault(place.name, {})[place.expert] = found[name]
+    fused = {}
+    for name, own in parts.items():
+        experts, count = 1 + max(expert for expert, _ in own), 1 + max(part for _, part in own)
+        if len(own) != experts * count:
+            raise UserError(f"the checkpoint lacks parts of {name}: it has {len(own)} of {experts * count}")
+        tensor = FusedTensor(name, tuple(tuple(own[e, part] for part in range(count)) for e in range(experts)))
+        if experts != skeleton.loaded[name][0][0]:
+            wanted = skeleton.loaded[name][0][0]
+            raise UserError(f"{name}: the checkpoint has {experts} experts, and config.json asks for {wanted}")
+        if not tensor.is_even:
+            raise UserError(f"{name}: the checkpoint's experts are not all of one shape")
+        fused[name] = tensor
+    return fused
+
+
+def _source(tensor: WholeTensor | FusedTensor, skeleton: Skeleton, parameters: set[str]) -> _Source:
+    name = tensor.name
     shape, dtype = skeleton.loaded[name]
     if tensor.shape != shape:
-        raise UserError(f"{tensor.name} has not the shape that config.json asks for")
-    layer = name.removesuffix(".weight") if name.endswith(".weight") else ""
+        stored = tensor.stored.name if isinstance(tensor, WholeTensor) else name
+        raise UserError(f"{stored} has not the shape that config.json asks for")
+    layer = name
+    if skeleton.stack(name) is None:
+        layer = name.removesuffix(".weight") if name.endswith(".weight") else ""
     if layer not in skeleton.specs:
         outputs = {name: skeleton.stored[name]} if name in skeleton.stored else {}
         return _Source(tensor, None, dtype, outputs, name in parameters)
-    rows, columns = shape
-    forms = state_shapes(skeleton.specs[layer], rows, columns)
-    return _Source(tensor, layer, dtype, {f"{layer}.{key}": form for key, form in forms.items()}, True)
+    stack = skeleton.stack(layer)
+    forms = state_shapes(skeleton.specs[layer], *shape[-2:])
+    stacked = () if stack is None else (stack.experts,)
+    outputs = {f"{layer}.{key}": ((*stacked, *size), kind) for key, (size, kind) in forms.items()}
+    return _Source(tensor, layer, dtype, outputs, True)
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
@@ -340,7 +381,7 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _progress(job: _Job, skeleton: Skeleton, partial: PartialFolder) -> WorkProgress:
-    weights = {name: rows * columns for name, (rows, columns) in skeleton.shapes().items()}
+    weights = skeleton.weights()
     done = sum(count for name, count in weights.items() if name in partial.layers)
     return WorkProgress(sum(weights.values()), done, job.quiet)
 
@@ -359,26 +400,42 @@ def _quantize(
             file.note(name)
             continue
         with _reading(job, partial):
-            packed, statistics = _pack(job, source, layer, skeleton)
-        for key, tensor in packed.state().items():
+            state, statistics = _pack(job, source, layer, skeleton, progress)
+        for key, tensor in state.items():
             file.writer.write(f"{layer}.{key}", tensor)
         file.note(name, layer, statistics)
+
+
+def _pack(
+    job: _Job, source: _Source, layer: str, skeleton: Skeleton, progress: WorkProgress
+) -> tuple[dict[str, Tensor], LayerStatistics]:
+    """The packed tensors of `layer` by name."""
+    empty, tensor = skeleton.stack(layer), source.tensor
+    if empty is None:
+        assert isinstance(tensor, WholeTensor)
+        weight = tensor.stored.read().to(device=job.device, dtype=source.dtype)
+        packed = skeleton.pack(layer, weight)
+        statistics = layer_statistics(weight, packed)
         progress.advance(statistics.weights, layer)
-
-
-def _pack(job: _Job, source: _Source, layer: str, skeleton: Skeleton) -> tuple[PackedTensor, LayerStatistics]:
-    weight = source.tensor.read().to(device=job.device, dtype=source.dtype)
-    packed = skeleton.pack(layer, weight)
-    return packed, layer_statistics(weight, packed)
+        return packed.state(), statistics
+    stack = PackedStack(empty.experts, empty.matrix_shape, empty.spec, device="cpu")
+    together = ExpertStatistics()
+    for index in range(stack.experts):
+        weight = tensor.matrix(index, source.dtype).to(job.device)
+        packed = skeleton.pack_expert(layer, index, weight)
+        together.add(weight, packed)
+        stack.set_expert(index, packed)
+        progress.advance(weight.numel(), layer)
+    return {key: parameter.detach() for key, parameter in stack.packed_parameters().items()}, together.together()
 
 
 def _copied(job: _Job, source: _Source, partial: PartialFolder) -> Iterator[Tensor]:
     """The elements of a tensor that stays as it is, in pieces, first in the dtype of loading and then in that asked
     for."""
     ((_, dtype),) = source.outputs.values()
-    for stored in source.tensor.pieces():
+    for loaded in source.tensor.pieces(source.dtype):
         with _reading(job, partial):
-            piece = stored.to(source.dtype).to(dtype)
+            piece = loaded.to(dtype)
             if source.is_parameter and dtype.is_floating_point and not torch.isfinite(piece).all():
                 raise ValueError(f"{source.tensor.name}: the tensor holds NaN or infinite values in {dtype}")
         yield piece
@@ -420,23 +477,14 @@ def _packed_tensors(skeleton: Skeleton, files: list[Path]) -> Iterator[tuple[str
 
 def _load(job: _Job, options: dict[str, Any]) -> tuple[Layers, Fingerprint]:
     """Quantize while transformers loads the model, and save that."""
-    found: dict[str, LayerStatistics] = {}
-
-    def observe(name: str, weight: Tensor, packed: PackedTensor) -> None:
-        found[name] = layer_statistics(weight, packed)
-
-    with observe_packing(observe):
+    collector = LayerCollector()
+    with observe_packing(collector):
         model = models.load_causal_lm(job.base, quantization=job.quantization, **options)
     with models.one_sentence(job.base, job.where):
         check_solutions(packed_modules(model))
-    layers = tuple(
-        Layer(name, isinstance(module, PackedEmbedding), found[name])
-        for name, module in packed_modules(model).items()
-        if name in found
-    )
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}  # tied ones once
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    report = Layers(job.title, layers, size)
+    report = collector.layers(job.title, model, size)
     fingerprint = job.fingerprint(model, options["revision"])
     check_space(job.output, size + _SMALL_BYTES, "output")
     with full_disk(job.output, "output"), replacing_folder(job.output) as temporary:

@@ -40,6 +40,8 @@ SOME: dict[str, Any] = {
     "evaluation": {"tokens": 51_234, "max_length": 512},
     "recipe": {"seed": 0},
     "versions": {"python": "3.11"},
+    "linear_weights": 8_000_000,
+    "costs": {"memory": "process", "stages": {"train": {"seconds": 90.0, "peak_bytes": 10**9}}},
 }
 
 

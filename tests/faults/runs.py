@@ -26,12 +26,13 @@ _NAME = "run-{:04}"
 _WORDS = ("the", "of", "a", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with", "his", "they")
 # What a run keeps under its final name. Anything else is a temporary name, which a dot or a suffix tells.
 _KEPT = {"adapter", "backbone", "teacher"} | {"data.json", "log.jsonl", "measurements.json"}
-_KEPT |= {"report.json", "report.md", "report.png"}
+_KEPT |= {"report.json", "report.md", "report.png", "report.html", "layers.json"}
 _TEMPORARY = re.compile(r"\..+|teacher\.partial")
 _OF_THE_TEST = (".log", ".changes", ".probe")
 # Of files that are JSON, what is a time.
 _TIMES = {"train_seconds", "tokens_per_second", "seconds", "time", "train_runtime", "train_samples_per_second"} | {
-    "train_steps_per_second"
+    "train_steps_per_second",
+    "costs",
 }
 
 
@@ -239,6 +240,9 @@ def _content(path: Path, place: Place) -> Any:
     if path.name in ("report.md", "README.md"):
         # "1.3 s, 1,234 tokens/s"
         return re.sub(rb"[\d.,]+ (s|min|tokens/s)\b", b"", raw)
+    if path.name == "report.html":
+        # What it shows of times and memory is what report.json holds of them.
+        return re.sub(rb"<section><h2>Memory and time</h2>.*?</section>", b"", raw, flags=re.DOTALL)
     return raw
 
 

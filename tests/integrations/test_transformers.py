@@ -3,6 +3,7 @@ ones."""
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.xglm.modeling_xglm import XGLMScaledWordEmbedding
 
 import hqqplus
-from hqqplus import HqqPlusConfig, PackedEmbedding, PackedLinear, QuantSpec
+from hqqplus import HqqPlusConfig, PackedEmbedding, PackedLinear, QuantSpec, models
 from hqqplus.errors import UserError
 from hqqplus.modules import bits_per_weight, packed_modules
+from tests.families import write_small
 
 IDS = torch.arange(3, 35).view(1, -1)
 FAMILIES = [("llama", False), ("llama", True), ("qwen2", True), ("qwen2", False), ("qwen3", True)]
@@ -33,9 +37,22 @@ def quantized(folder: Path, **arguments: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 
 
-@pytest.mark.parametrize("overrides", OVERRIDES, ids=["plain", "head", "embedding"])
-@pytest.mark.parametrize("metadata_bits", [16, 8])
-@pytest.mark.parametrize(("kind", "tied"), FAMILIES)
+# Fused projections, and norms in other places, once each; tests/test_model_families.py has all that recipes have.
+MORE_FAMILIES = [("phi3", True, 8, OVERRIDES[2]), ("olmo2", False, 8, OVERRIDES[1]), ("mistral", False, 16, {})]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "metadata_bits", "overrides"),
+    [
+        *(
+            pytest.param(*family, bits, change, id=f"{family[0]}-{family[1]}-{bits}-{name}")
+            for family in FAMILIES
+            for bits in (16, 8)
+            for name, change in zip(("plain", "head", "embedding"), OVERRIDES, strict=True)
+        ),
+        *(pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in MORE_FAMILIES),
+    ],
+)
 def test_load_save_reload(
     random_model: Callable[..., Path],
     tmp_path: Path,
@@ -46,7 +63,7 @@ def test_load_save_reload(
 ) -> None:
     model = quantized(random_model(kind, tied), overrides=overrides, metadata_bits=metadata_bits)
     assert {m.spec.metadata_bits for m in packed_modules(model).values()} == {metadata_bits}
-    assert type(model.model.layers[0].mlp.up_proj) is PackedLinear
+    assert type(model.model.layers[0].mlp.down_proj) is PackedLinear
     assert model.is_quantized
     head_packed = "lm_head" in overrides or (tied and bool(overrides))
     embedding_packed = "model.embed_tokens" in overrides or (tied and bool(overrides))
@@ -244,6 +261,63 @@ def test_the_order_of_overrides_survives_saving(random_model: Callable[..., Path
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
-def test_a_tied_embedding_that_scales_its_rows_is_refused(random_model: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"embed_tokens is a \w+: what it does beside the look-up would be lost"):
-        quantized(random_model("gemma", True), overrides={"lm_head": {"nbits": 8}})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_embedding_may_scale_its_rows(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The head, which shares its table, does not; and what is packed and loaded again scales as the parent does."""
+    parent = AutoModelForCausalLM.from_pretrained(write_small("google/gemma-3-1b-it", tmp_path / "16"), dtype=dtype)
+    table, rows = parent.lm_head.weight, parent.model.embed_tokens(IDS)
+    factor = parent.model.embed_tokens.embed_scale
+    assert factor > 1
+    parent.save_pretrained(tmp_path / "parent")
+    model = quantized(tmp_path / "parent", overrides={"lm_head": {"nbits": 8, "metadata_bits": 16}})
+    embedding = model.model.embed_tokens
+    assert torch.equal(embedding(IDS), embedding.dequantize()[IDS] * factor.to(dtype))
+    assert (embedding(IDS) - rows).norm() < 0.02 * rows.norm()
+    assert (model.lm_head.weight - table).norm() < 0.02 * table.norm()
+    logits = model(IDS).logits
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(again(IDS).logits, logits)
+    plain = again.dequantize()
+    assert type(plain.model.embed_tokens) is type(parent.model.embed_tokens)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    torch.testing.assert_close(plain(IDS).logits, logits)
+
+
+def test_a_model_in_16_bits_computes_in_32_as_it_would_if_loaded_so(tmp_path: Path) -> None:
+    """The factor of Gemma's embedding is a buffer, rounded where the model is made in 16 bits."""
+    parent = write_small("google/gemma-3-1b-it", tmp_path / "parent")
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+    while_loading = models.load_causal_lm(str(parent), quantization=HqqPlusConfig(2, 32), **options)
+    while_loading.save_pretrained(tmp_path / "packed")
+    again = models.load_causal_lm(str(tmp_path / "packed"), **options)
+    assert torch.equal(again(IDS).logits, while_loading(IDS).logits)
+    factor = again.model.embed_tokens.embed_scale
+    assert factor.to(torch.bfloat16) != factor
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_each_gemma_has_a_class_of_its_own(family: str) -> None:
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    kind = getattr(module, f"{family.capitalize()}TextScaledWordEmbedding", None)
+    if kind is None:
+        pytest.skip("this transformers scales outside of the embedding")
+    embedding = kind(12, 32, 0, embed_scale=5.7).to(torch.bfloat16)
+    packed = PackedEmbedding.from_embedding(embedding, QuantSpec(8, 32))
+    difference = packed(IDS % 12) - embedding(IDS % 12)
+    assert difference.norm() < 0.02 * embedding(IDS % 12).norm()
+    assert type(packed.unpacked(torch.float32)) is kind
+
+
+def test_an_embedding_that_is_more_than_a_table_is_refused(tmp_path: Path) -> None:
+    class Shifted(Gemma3TextScaledWordEmbedding):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(input_ids) + 1
+
+    model = AutoModelForCausalLM.from_pretrained(write_small("google/gemma-3-1b-it", tmp_path))
+    model.model.embed_tokens.__class__ = Shifted
+    with pytest.raises(UserError, match=r"embed_tokens is a Shifted: what it does beside the look-up would be lost"):
+        hqqplus.quantize_model(model, HqqPlusConfig(2, 32, overrides={"lm_head": {"nbits": 8}}))
+    # Rounded otherwise, and so not the same to the bit.
+    with pytest.raises(ValueError, match="XGLMScaledWordEmbedding does more than a packed embedding can"):
+        PackedEmbedding.from_embedding(XGLMScaledWordEmbedding(12, 32, 0, embed_scale=5.7), QuantSpec(8, 32))

@@ -181,7 +181,10 @@ def test_a_stream_is_refused_where_the_row_comes_up(
 ) -> None:
     rows = pairs((4, 4), (3, 2), (20, 4))
     found = iter(preparation().of(streamed(rows)))
-    assert said == ["data: 5 of 9 tokens (55.6%) in the first 1 training rows are supervised"]
+    assert said == [
+        "data: 5 of 9 tokens (55.6%) in the first 1 training rows are supervised",
+        "data: the first row, masked text in brackets: [pppp]cccc</s>",
+    ]
     with pytest.raises(
         StreamFault, match=r"^data: row 3 of the stream has no supervised token within data.max_length"
     ):

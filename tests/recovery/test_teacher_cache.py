@@ -287,7 +287,7 @@ def test_progress_is_told_in_tokens(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 3
     assert all("tokens/s" in line for line in lines)
-    assert lines[-1].startswith("100.0 % of ")
+    assert lines[-1].startswith("asking the teacher: 100.0 % of ")
 
 
 # Verified ------------------------------------------------------------------------------------------------------------

@@ -36,9 +36,8 @@ def test_the_files_are_those_of_the_other_route(
     random_model: Callable[..., Path], tmp_path: Path, kind: str, tied: bool
 ) -> None:
     parent = random_model(kind, tied)
-    # Phi has other names: a pattern that fits none is no error. Gemma's embedding is none that can be packed.
-    overrides = {name: change for name, change in MIXED["overrides"].items() if kind != "gemma2" or name != "lm_head"}
-    config = HqqPlusConfig(**{**MIXED, "overrides": overrides})
+    # Phi has other names: a pattern that fits none is no error.
+    config = HqqPlusConfig(**MIXED)
     found = made(parent, tmp_path / "ours", config)
     model = while_loading(parent, tmp_path / "theirs", config)
     for name in ("model.safetensors", *FILES):
@@ -165,19 +164,20 @@ def test_a_tied_head_that_is_in_the_checkpoint(
 # What cannot be done so ----------------------------------------------------------------------------------------------
 
 
-def test_fused_experts_are_loaded_as_a_whole(
+def test_experts_that_are_not_packed_are_loaded_as_a_whole(
     random_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parent = random_model("mixtral")
+    config = HqqPlusConfig(**{**MIXED, "modules_to_not_convert": ["*.experts"]})
     with caplog.at_level(logging.WARNING, "hqqplus"):
-        found = made(parent, tmp_path / "ours")
+        found = made(parent, tmp_path / "ours", config)
     assert not found.streamed
     (record,) = caplog.records
     assert (
         "has model.layers.0.block_sparse_moe.experts.0.w1.weight in its checkpoint, which is loaded as a part of"
         in (record.getMessage())
     )
-    model = while_loading(parent, tmp_path / "theirs")
+    model = while_loading(parent, tmp_path / "theirs", config)
     same_tensors(tmp_path / "ours", tmp_path / "theirs")
     assert found.fingerprint.packed_sha256 == packed_sha256(model)
     assert [layer.name for layer in found.layers.layers] == list(packed_modules(model))
