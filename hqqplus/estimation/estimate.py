@@ -181,7 +181,18 @@ def estimate(
     steps, tokens = _steps(recipe, training)
     flops = _flops(recipe, text, active, training, context, len(blocks))
     known = _Known(
-        recipe, counted, training, sum(backbone.values()), teachers, quantize, measure, passes, flops, steps, tokens
+        recipe,
+        counted,
+        training,
+        sum(backbone.values()),
+        _read(backbone, active / _weights(parent)),
+        teachers,
+        quantize,
+        measure,
+        passes,
+        flops,
+        steps,
+        tokens,
     )
     return Estimate(
         model=section.name_or_path,
@@ -306,6 +317,10 @@ def _quantizing(
             largest, one = max(largest, matrix), max(one, byte_size(parameter))
     # As stored, in float32, its codes a byte each, and packed.
     solved = one + largest * 6.0
+    linear = {name: spec for name, spec in specs.items() if _is_linear(parent, name)}
+    if parent.config.sub_configs or len(linear) < len([n for n in specs if not _is_table(parent, n)]):
+        # Composed of several models, or its tensors are fused while it is loaded: not file by file, but as a whole.
+        solved += backbone
     section = recipe.calibration
     if section.method == "none":
         return solved, float(one)
@@ -316,16 +331,20 @@ def _quantizing(
     host = parent_bytes + (0.0 if section.store == "disk" else activations)
     shape = Shape(min(section.batch_size, section.samples), length)
     codes = section.weight_learning_rate > 0
-    linear = {name: spec for name, spec in specs.items() if _is_linear(parent, name)}
+    # The parent is in CPU memory then, and the blocks come to the card one by one.
     reconstruction = simulate.reconstruction_bytes(parent, blocks, linear, shape, codes)
     return max(solved, reconstruction), host
 
 
-def _is_linear(model: Any, name: str) -> bool:
+def _is_linear(model: Any, name: str, kind: type[nn.Module] = nn.Linear) -> bool:
     try:
-        return isinstance(model.get_submodule(name), nn.Linear)
+        return isinstance(model.get_submodule(name), kind)
     except AttributeError:
         return False  # the weights of experts, which are no module
+
+
+def _is_table(model: Any, name: str) -> bool:
+    return _is_linear(model, name, nn.Embedding)
 
 
 # Disk and time -------------------------------------------------------------------------------------------------------
@@ -365,6 +384,18 @@ def _steps(recipe: Recipe, training: Training) -> tuple[int | None, int]:
     tokens = training.batch * training.length * settings.get("gradient_accumulation_steps", 1)
     steps = settings.get("max_steps", -1)
     return (steps if steps > 0 else None), tokens
+
+
+def _read(backbone: dict[str, int], share: float) -> float:
+    """Bytes of the weights that generating a token reads: this share of the blocks, and the head."""
+    head = backbone["head"] or backbone["embedding"]  # one table may be both
+    return share * (backbone["linears"] + backbone["metadata"] + backbone["16 bits"]) + head
+
+
+def _weights(parent: Any) -> int:
+    """Weights of the blocks' matrices."""
+    ends = {id(m.weight) for m in (parent.get_input_embeddings(), parent.get_output_embeddings())}
+    return sum(p.numel() for p in parent.parameters() if p.dim() >= 2 and id(p) not in ends)
 
 
 def _active_weights(parent: Any, text: Any) -> int:
@@ -419,6 +450,7 @@ class _Known:
     parameters: int
     training: Training
     backbone: int
+    read: float
     teachers: dict[str, float]
     quantize: float
     measure: float | None
@@ -434,7 +466,7 @@ class _Known:
         beside = max(held.activations + held.workspace, held.optimizer_step)
         train = static + beside + (self.teachers[teacher] if teacher else 0.0)
         generating = self.backbone + 4 * held.adapter_parameters  # PEFT loads an adapter in float32
-        read = self.backbone + 4 * held.adapter_parameters + self.passes.cache
+        read = self.read + 4 * held.adapter_parameters + self.passes.cache
         hours = None
         if self.steps is not None:
             hours = self.steps * self.tokens * self.flops["train"] / card.flops / 3600

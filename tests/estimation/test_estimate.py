@@ -65,7 +65,7 @@ def test_every_recipe(path: Path, tmp_path: Path) -> None:
     name = recipe.model.name_or_path
     config: Path | None = None
     if not name.startswith("embedded:"):
-        FAMILIES[name].small_config().save_pretrained(tmp_path)
+        FAMILIES[name].small_config(pad_token_id=0).save_pretrained(tmp_path)
         config = tmp_path / "config.json"
     found = estimate(recipe, config=config)
     assert len(found.fits) == len(CARDS)

@@ -280,7 +280,8 @@ def test_the_most_on_a_card(tmp_path: Path, checkpointing: bool) -> None:
         num_attention_heads=16,
         num_key_value_heads=4,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    whole: Any = LlamaForCausalLM(config)
+    whole.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     text = (
         RECIPE.format(scales="frozen")
         .replace("dtype: float32", "dtype: bfloat16")
