@@ -108,7 +108,8 @@ def without_bars_of_libraries() -> Iterator[None]:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(stderr=True, soft_wrap=True)
+    # By the stream alone: notebooks ask for colours by an environment variable, and bars in a pipe are no good.
+    return Console(stderr=True, soft_wrap=True, force_terminal=sys.stderr.isatty())
 
 
 # How far it is -------------------------------------------------------------------------------------------------------

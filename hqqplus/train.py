@@ -196,8 +196,6 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
     # 4. The backbone: calibrated where the recipe says so, quantized, then frozen.
     text = Text(data.documents, tokenizer)
     backbone = load_backbone(recipe, state.device, versions, text, resume is None, warn, allow_mismatch, costs.stage)
-    if backbone.layers is not None and state.is_main_process:
-        write_json(output_dir / LAYERS, backbone.layers.to_json())
     model = backbone.model.requires_grad_(False)
     bpw, backbone_bytes = bits_per_weight(model), model_bytes(model)
     quantization = [depends, described["quantization"], described["calibration"], backbone.fingerprint.packed_sha256]
@@ -226,6 +224,9 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
         apply_residual_start(model, backbone.factors)
     parameters, adapter_bytes = adapter_size(model)
     extras = trainables.train_scales(model, recipe)
+    if backbone.layers is not None and state.is_main_process:
+        # Not before: what is refused leaves nothing behind.
+        write_json(output_dir / LAYERS, backbone.layers.to_json())
     say(f"adapter: {parameters:,} parameters, {adapter_bytes / 1e6:.1f} MB in bf16")
 
     # 6. Recovery: TRL's trainer, from the last complete checkpoint if there is one.
