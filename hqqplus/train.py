@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hqqplus import progress
 from hqqplus.errors import UserError
+from hqqplus.integrations.noise import leave_out
 from hqqplus.recipe import Recipe, load_recipe, recipe_digest, to_dict
 
 if TYPE_CHECKING:
@@ -372,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    leave_out()
     try:
         run_shown(arguments[0], arguments[1:], ALLOW_MISMATCH in given, QUIET in given, JSON in given)
     except UserError as error:

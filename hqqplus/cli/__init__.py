@@ -8,6 +8,7 @@ import typer
 
 from hqqplus.cli import classify, convert, env, estimate, evaluate, pages, quantize, runs, ship, use
 from hqqplus.errors import UserError
+from hqqplus.integrations.noise import leave_out
 
 app = typer.Typer(
     help="Language models in 1 or 2 bits, recovered with LoRA.",
@@ -41,6 +42,7 @@ for _verb in (
 
 def main() -> None:
     """The console script: a user's mistake is one sentence on stderr and exit code 2."""
+    leave_out()
     try:
         app()
     except UserError as error:

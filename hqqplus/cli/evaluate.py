@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,34 +63,25 @@ def evaluate(
     options: dict[str, Any] = {"dtype": checked_dtype(dtype), "device": device, "trust_remote_code": trust_remote_code}
     found: dict[str, Any] = {}
     with output(quiet, as_json):
-        if texts is not None:
-            from hqqplus.data import RowForm, load_rows
-            from hqqplus.evaluation.perplexity import make_windows, perplexity
+        from hqqplus.evaluation.texts import measure, read_documents
 
-            rows = load_rows(texts, split, where="TEXTS")
-            form = RowForm(text_field=text_field)
-            form.check(rows, "TEXTS")
+        read = None if texts is None else read_documents(texts, split, text_field, "TEXTS")
         from hqqplus.models import check_parent, load, load_with_tokenizer
 
         loaded, tokenizer = load_with_tokenizer(
             model, adapter, revision=revision, compute=compute, allow_mismatch=allow_mismatch, **options
         )
-        if texts is not None:
-            windows = make_windows(form.documents(rows, tokenizer), tokenizer, max_length, max_tokens, texts)
-            if against is None:
-                found |= {"perplexity": perplexity(loaded, windows, batch_size).perplexity}
-            else:
-                from hqqplus.evaluation.divergence import divergence
-
-                parent = load(against, **options)
+        if texts is not None and read is not None:
+            documents, parent = read(tokenizer), None
+            if against is not None:
                 check_parent(model, adapter, against, allow_mismatch)
-                apart = divergence(parent, loaded, windows, batch_size)
-                found |= {"perplexity": apart.model.perplexity, "parent_perplexity": apart.parent.perplexity}
-                found |= {"kl": apart.kl, "agreement": apart.agreement}
-            found |= {"tokens": windows.tokens, "max_length": max_length}
+                parent = load(against, **options)
+            sizes: dict[str, Any] = {"max_length": max_length, "max_tokens": max_tokens, "batch_size": batch_size}
+            measured = asdict(measure(loaded, tokenizer, documents, texts, parent=parent, **sizes))
+            found |= {key: value for key, value in measured.items() if value is not None}
             if not as_json:
                 typer.echo(
-                    f"perplexity {found['perplexity']:.4f} ({windows.tokens:,} tokens, windows of {max_length})"
+                    f"perplexity {found['perplexity']:.4f} ({found['tokens']:,} tokens, windows of {max_length})"
                 )
             if against is not None and not as_json:
                 typer.echo(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,44 @@ class Evaluation:
     parent_perplexity: float | None = None
     kl: float | None = None
     agreement: float | None = None
+
+
+def read_documents(texts: str, split: str, text_field: str, where: str) -> Callable[[Any], list[str]]:
+    """The rows of a file, folder or data set, checked; what is returned makes documents of them for a tokenizer.
+
+    Raises:
+        UserError: naming `where`, the option that the user set.
+    """
+    from hqqplus.data import RowForm, load_rows
+
+    rows = load_rows(texts, split, where=where)
+    form = RowForm(text_field=text_field)
+    form.check(rows, where)
+    return lambda tokenizer: form.documents(rows, tokenizer)
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    documents: list[str],
+    name: str,
+    *,
+    max_length: int,
+    max_tokens: int | None,
+    batch_size: int,
+    parent: Any = None,
+) -> Evaluation:
+    """`model` on `documents`, which errors call `name`; with its parent beside it, if that is given."""
+    from hqqplus.evaluation.divergence import divergence
+    from hqqplus.evaluation.perplexity import make_windows, perplexity
+
+    windows = make_windows(documents, tokenizer, max_length, max_tokens, name)
+    if parent is None:
+        return Evaluation(perplexity(model, windows, batch_size).perplexity, windows.tokens, max_length)
+    apart = divergence(parent, model, windows, batch_size)
+    return Evaluation(
+        apart.model.perplexity, windows.tokens, max_length, apart.parent.perplexity, apart.kl, apart.agreement
+    )
 
 
 def evaluate(
@@ -59,19 +97,12 @@ def evaluate(
     Raises:
         UserError: if anything is missing, damaged, or does not belong together.
     """
-    from hqqplus.data import RowForm, load_rows
-    from hqqplus.evaluation.divergence import divergence
-    from hqqplus.evaluation.perplexity import make_windows, perplexity
     from hqqplus.models import check_parent, load, load_with_tokenizer
 
-    where = "texts"
-    rows: Any = None
+    read: Callable[[Any], list[str]] | None = None
     documents: list[str] = []
-    form = RowForm(text_field=text_field)
     if isinstance(texts, (str, Path)):
-        rows = load_rows(str(texts), split, where=where)
-        form.check(rows, where)
-        where = str(texts)
+        read = read_documents(str(texts), split, text_field, "texts")
     else:
         documents = list(texts)
     name = model if isinstance(model, (str, Path)) else None
@@ -84,17 +115,18 @@ def evaluate(
     elif adapter is not None or options:
         given = ", ".join([*(["adapter"] if adapter is not None else []), *options])
         raise UserError(f"evaluate: {given} goes with the name of a model; this one is loaded")
-    if rows is not None:
-        documents = form.documents(rows, tokenizer)
-    windows = make_windows(documents, tokenizer, max_length, max_tokens, where)
-    if against is None:
-        return Evaluation(perplexity(model, windows, batch_size).perplexity, windows.tokens, max_length)
     if isinstance(against, (str, Path)):
         if name is not None:
             check_parent(name, adapter, str(against), allow_mismatch)
         known = {key: options[key] for key in ("dtype", "device", "trust_remote_code") if key in options}
         against = load(against, **known)
-    apart = divergence(against, model, windows, batch_size)
-    return Evaluation(
-        apart.model.perplexity, windows.tokens, max_length, apart.parent.perplexity, apart.kl, apart.agreement
+    return measure(
+        model,
+        tokenizer,
+        documents if read is None else read(tokenizer),
+        "texts" if read is None else str(texts),
+        max_length=max_length,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        parent=against,
     )
