@@ -57,7 +57,8 @@ def main() -> None:
                 figures = {key: getattr(report, key) for key in (*kept, *sizes)}
                 runs.append({"model": name, "group_size": group_size, "learning_rate": rate, **figures})
                 print(json.dumps(runs[-1]), flush=True)
-    common.write_result(arguments.out, {"runs": runs})
+                # So that what is done is not lost with what is not.
+                common.write_result(arguments.out, {"runs": runs})
 
 
 if __name__ == "__main__":

@@ -82,6 +82,20 @@ def cpu(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def classification(result: dict[str, Any]) -> str:
+    """Accuracy of each model, at the best of the rates for each kind of weights."""
+    groups = sorted({run["group_size"] for run in result["runs"]})
+    lines = [f"| model | most frequent label | 16 bits | {' | '.join(f'1-bit g{group}' for group in groups)} |"]
+    lines.append("|---" * (3 + len(groups)) + "|")
+    for model in dict.fromkeys(run["model"] for run in result["runs"]):
+        runs = [run for run in result["runs"] if run["model"] == model]
+        parent = max(run["accuracy_parent"] for run in runs if run["accuracy_parent"] is not None)
+        best = [max(run["accuracy"] for run in runs if run["group_size"] == group) for group in groups]
+        cells = " | ".join(f"{100 * share:.1f} %" for share in (runs[0]["majority"], parent, *best))
+        lines.append(f"| {model} | {cells} |")
+    return "\n".join(lines)
+
+
 def render(file: str) -> str:
     name, _, part = file.partition("#")
     path = ROOT / name
@@ -94,6 +108,7 @@ def render(file: str) -> str:
         "embedded_2bit": embedded_2bit,
         "sass": sass,
         "cpu": cpu,
+        "classification": classification,
     }
     return makers[path.stem + (f"#{part}" if part else "")](json.loads(path.read_text(encoding="utf-8")))
 

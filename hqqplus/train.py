@@ -163,7 +163,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
         windows, tokenizer, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens, recipe.evaluation.batch_size
     )
     notes = Notebook(output_dir, writes=state.is_main_process)
-    costs = Costs(notes, recipe_digest(recipe), state.device)
+    costs = Costs(notes, recipe_digest(recipe), state.device, hold=resume is not None)
     described = to_dict(recipe)
     depends = {key: described[key] for key in ("model", "data", "evaluation", "seed")} | {
         "device": str(state.device.type),
@@ -219,6 +219,7 @@ def _run(recipe: Recipe, state: Any, stopper: Stopper, held: ExitStack, allow_mi
     with streamed(model, state.device):
         rows.of(model)
     identity = identify(rows.rows, backbone.fingerprint)
+    costs.release()
     set_seed(recipe.seed)
     model = trainables.add_adapter(model, recipe)
     if backbone.factors is not None:

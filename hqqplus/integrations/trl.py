@@ -158,6 +158,9 @@ class RecoveryTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _send_telemetry(self) -> None:
+        """Nothing leaves a run, whatever the hub's library was told when it was imported."""
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card knows nothing of the base; the shipped adapter gets ours."""
 

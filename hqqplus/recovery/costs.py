@@ -31,10 +31,18 @@ class Costs:
         depends_on: what the run is; costs of another one are forgotten.
         device: where the model is. Of a GPU the peak is PyTorch's own count of each stage; else it is the resident
             memory of the process, as the system has it, which does not go down again between stages.
+        hold: write nothing before `release`: a run that may yet be refused changes no file of the one before it.
     """
 
-    def __init__(self, notes: Notebook, depends_on: Any, device: torch.device) -> None:
+    def __init__(self, notes: Notebook, depends_on: Any, device: torch.device, hold: bool = False) -> None:
         self._notes, self._depends_on, self._device = notes, depends_on, device
+        self._held: list[tuple[str, float, int | None]] | None = [] if hold else None
+
+    def release(self) -> None:
+        """Note what was held back, and from now on everything at once."""
+        held, self._held = self._held or [], None
+        for cost in held:
+            self._notes.note_cost(self._depends_on, *cost)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -43,7 +51,11 @@ class Costs:
             torch.cuda.reset_peak_memory_stats(self._device)
         started = time.monotonic()
         yield
-        self._notes.note_cost(self._depends_on, name, time.monotonic() - started, self._peak())
+        cost = name, time.monotonic() - started, self._peak()
+        if self._held is None:
+            self._notes.note_cost(self._depends_on, *cost)
+        else:
+            self._held.append(cost)
 
     def to_dict(self, train_seconds: float) -> dict[str, Any]:
         """For the report: {"memory": "gpu" or "process", "stages": {stage: {"seconds", "peak_bytes"}}}.
