@@ -15,6 +15,7 @@ import pytest
 
 from hqqplus.classify import ClassificationRecipe
 from hqqplus.recipe_reference import CLASSIFICATION, MEANINGS, keys, markdown
+from tests.commands import run_verb, verbs
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
@@ -212,11 +213,7 @@ COMMANDS = sorted((path for path in PAGES if blocks(path, "bash")), key=lambda p
 def test_the_commands_of_all_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, in one folder and each of them once, all but what cannot run here: that must at least name verbs
     that there are."""
-    from typer.main import get_command
-
-    from hqqplus.cli import app
-
-    command = get_command(app)
+    there = verbs()
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     done: set[str] = set()
@@ -227,15 +224,10 @@ def test_the_commands_of_all_pages_run(tmp_path: Path, monkeypatch: pytest.Monke
                 continue
             done.add(" ".join(words))
             if words[0] == "hqqplus":
-                assert words[1] in command.commands, f"{path.name}: {line}"  # type: ignore[attr-defined]
+                assert words[1] in there, f"{path.name}: {line}"
             if ELSEWHERE.search(line):
                 continue
             assert words[0] == "hqqplus", f"{path.name}: {line}: run it, or add it to ELSEWHERE"
-            arguments = [*words[1:], *(SHORT if words[1] == "train" else [])]
-            try:
-                code = command.main(arguments, standalone_mode=False)
-            except Exception as error:
-                raise AssertionError(f"{path.name}: {line}") from error
-            assert code in (None, 0), f"{path.name}: {line}"
+            run_verb([*words[1:], *(SHORT if words[1] == "train" else [])])
     assert {"hqqplus train recipes/embedded_2bit.yaml", "hqqplus ship runs/embedded_2bit --backbone"} <= done
     assert (tmp_path / "runs" / "exported" / "config.json").exists()
