@@ -89,7 +89,7 @@ def test_every_other_command_and_the_python_run_in_order(folder: Path, monkeypat
 
 def test_tables_are_the_measured_ones() -> None:
     tables = load_benchmark("tables")
-    assert README.count("<!-- table:") == 8
+    assert README.count("<!-- table:") == 9
     assert tables.filled(README) == README
 
 
