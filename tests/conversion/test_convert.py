@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -184,6 +186,11 @@ def bitnet(tmp_path_factory: pytest.TempPathFactory, random_model: Callable[...,
     return publish(folder / "parent", folder / "source", make.bitnet(False), OFFLINE, torch.bfloat16)
 
 
+@pytest.mark.xfail(
+    Version(transformers.__version__) < Version("5.11"),
+    reason="transformers 5.10 multiplies by BitNet's packed bytes as they are",
+    strict=True,
+)
 def test_what_the_rounding_of_activations_makes(bitnet: Published, tmp_path: Path) -> None:
     """Weights are the same, inputs are not: put transformers' rounding before ours, and the two models agree."""
     from transformers import AutoModelForCausalLM
