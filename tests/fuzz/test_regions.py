@@ -39,7 +39,7 @@ def made(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return SimpleNamespace(base=folder / "base", adapter=folder / "adapter")
 
 
-thorough = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+thorough = pytest.mark.parametrize("every", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.long])])
 
 
 @pytest.fixture

@@ -54,6 +54,14 @@ def killed(parent: Path, output: Path, at_layer: int, note_seconds: float = 1e9)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+@pytest.fixture(scope="module")
+def half_done(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of work that a kill at layer 12 left; to be copied to `NAME.partial`."""
+    folder = tmp_path_factory.mktemp("half_done") / "out"
+    killed(parent, folder, at_layer=12)
+    return folder.with_name("out.partial")
+
+
 def state(path: Path) -> tuple[int, int, int]:
     """Which file it is, and when it was written: the same only if nobody wrote it again."""
     stat = path.stat()
@@ -132,10 +140,10 @@ def test_a_kill_at_the_end_costs_no_layer(
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["size", "header", "missing", "layers"])
 def test_a_finished_file_that_is_not_as_it_was_is_made_again(
-    parent: Path, whole: Quantized, tmp_path: Path, damage: str
+    parent: Path, half_done: Path, whole: Quantized, tmp_path: Path, damage: str
 ) -> None:
-    killed(parent, tmp_path / "out", at_layer=12)
     work = tmp_path / "out.partial"
+    shutil.copytree(half_done, work)
     progress = json.loads((work / "progress.json").read_text())
     path = work / "model" / next(iter(progress["files"]))
     if damage == "size":
@@ -163,17 +171,21 @@ def test_a_finished_file_that_is_not_as_it_was_is_made_again(
     ],
 )
 def test_work_on_something_else_is_refused_and_left_alone(
-    parent: Path, tmp_path: Path, change: dict[str, Any], says: str
+    parent: Path, half_done: Path, tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
-    copy = tmp_path / "parent"
-    shutil.copytree(parent, copy)
-    killed(copy, tmp_path / "out", at_layer=8)
-    before = {path: state(path) for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
-    config = HqqPlusConfig(**change.pop("config", MIXED))
-    if change.pop("parent", False):
+    changed = dict(change)
+    config = HqqPlusConfig(**changed.pop("config", MIXED))
+    if changed.pop("parent", False):
+        copy = tmp_path / "parent"
+        shutil.copytree(parent, copy)
+        killed(copy, tmp_path / "out", at_layer=8)
         os.utime(copy / "config.json")
+        parent = copy
+    else:
+        shutil.copytree(half_done, tmp_path / "out.partial")
+    before = {path: state(path) for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=rf"^output: {tmp_path}/out\.partial: .*{says}: delete it, or name another"):
-        made(copy, tmp_path / "out", config, **change)
+        made(parent, tmp_path / "out", config, **changed)
     assert {path: state(path) for path in (tmp_path / "out.partial").rglob("*") if path.is_file()} == before
 
 
@@ -215,9 +227,9 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
 
 @pytest.mark.slow
 def test_what_is_there_already_needs_no_room(
-    parent: Path, whole: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parent: Path, half_done: Path, whole: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed(parent, tmp_path / "out", at_layer=12)
+    shutil.copytree(half_done, tmp_path / "out.partial")
     there = sum(path.stat().st_size for path in (tmp_path / "out.partial" / "model").iterdir())
     needed = sum(path.stat().st_size for path in whole.folder.glob("*.safetensors")) + streaming._SMALL_BYTES
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - there - 2**15))
