@@ -195,7 +195,7 @@ class _Frame:
         last = max((i for i, (_, y) in enumerate(series.points) if _shows(y, log)), default=-1)
         for index, (x, y) in enumerate(series.points):
             title = element("title", notes[index])
-            if not math.isfinite(x) or abs(x) > _MOST:
+            if not math.isfinite(x) or abs(x) >= _MOST:
                 continue
             if y is None or not _shows(y, log):
                 yield self._lost(x, title, series.color)

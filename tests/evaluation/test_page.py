@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -319,6 +319,7 @@ numbers = st.none() | st.floats()
     zero=st.booleans(),
     whole=st.booleans(),
 )
+@example(points=[(0.0, 0.0), (1e100, 0.0)], value=None, log=False, zero=False, whole=False)
 def test_a_chart_keeps_within_its_picture(
     points: Any, value: float | None, log: bool, zero: bool, whole: bool
 ) -> None:
