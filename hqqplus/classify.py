@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -305,7 +305,7 @@ def quantize(model: Any, heads: list[str], recipe: ClassificationRecipe) -> dict
     from hqqplus.modules.replace import observe_packing
 
     plan = recipe.quantization.plan()
-    plan = type(plan)(plan.default, plan.overrides, (*plan.skip, *heads), plan.solver)
+    plan = replace(plan, skip=(*plan.skip, *heads))
     if recipe.adapter.init != "residual":
         quantize_model(model, plan)
         return None
@@ -346,14 +346,12 @@ def _with_adapter(model: Any, heads: list[str], recipe: ClassificationRecipe) ->
 
 
 def _trainer_arguments(recipe: ClassificationRecipe, learning_rate: float | None) -> Any:
-    import dataclasses
-
     import torch
     from transformers import TrainingArguments
 
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    known = {field.name for field in fields(TrainingArguments)}
     for name in recipe.training:
-        if name not in fields:
+        if name not in known:
             raise UserError(f"training.{name}: a field of trl.SFTConfig, and none of TrainingArguments: leave it out")
     settings = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", **recipe.training}
     if learning_rate is not None:

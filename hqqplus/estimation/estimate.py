@@ -29,7 +29,7 @@ from hqqplus.recipe import Recipe
 from hqqplus.recovery import trainables
 from hqqplus.recovery.distillation import LossWeights
 from hqqplus.recovery.teacher import pick_teacher
-from hqqplus.recovery.teaching import _STUDENT_SHARE
+from hqqplus.recovery.teaching import STUDENT_SHARE
 
 DEFAULT_CONTEXT = 8192
 # What SFTConfig takes where a recipe says nothing.
@@ -490,5 +490,5 @@ class _Known:
             return section.teacher
         size = 2 * self.parameters
         # As `recovery.teaching` decides it, with what torch says is free.
-        kind = pick_teacher(size, int(card.usable), student_bytes=int(size * _STUDENT_SHARE))
+        kind = pick_teacher(size, int(card.usable), student_bytes=int(size * STUDENT_SHARE))
         return "8bit" if kind == "cache" and self.recipe.data.streaming else kind

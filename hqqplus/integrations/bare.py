@@ -14,7 +14,7 @@ from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
 from hqqplus.errors import UserError
-from hqqplus.integrations.skeleton import _dtype_of
+from hqqplus.integrations.skeleton import dtype_of
 from hqqplus.integrations.transformers import QUANT_METHOD, HqqPlusConfig, HqqPlusQuantizer
 from hqqplus.model_names import is_local, one_sentence, resolve_name
 from hqqplus.quantization.spec import QuantPlan
@@ -80,7 +80,7 @@ def bare_model(config: Any, plan: QuantPlan | None, dtype: torch.dtype, trust_re
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     exceptions = model._get_dtype_plan(dtype)  # what is kept in float32
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(_dtype_of(name, exceptions) or parameter.dtype)
+        parameter.data = parameter.data.to(dtype_of(name, exceptions) or parameter.dtype)
     if plan is not None:
         quantizer = HqqPlusQuantizer(HqqPlusConfig.from_plan(plan), pre_quantized=True)
         quantizer._process_model_before_weight_loading(model, dtype=dtype)

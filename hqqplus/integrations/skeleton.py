@@ -235,11 +235,11 @@ def build_skeleton(
     full = model.state_dict()
     quantizer = HqqPlusQuantizer(quantization, pre_quantized=True)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(_dtype_of(name, exceptions) or parameter.dtype)
+        parameter.data = parameter.data.to(dtype_of(name, exceptions) or parameter.dtype)
     quantizer._process_model_before_weight_loading(model, dtype=dtype)
     weights = {replace.weight_name(model, name) for name in quantizer.specs}
     loaded = {
-        name: (tuple(t.shape), _dtype_of(name, exceptions) or (dtype if name in weights else t.dtype))
+        name: (tuple(t.shape), dtype_of(name, exceptions) or (dtype if name in weights else t.dtype))
         for name, t in full.items()
     }
     if cast_to is not None:
@@ -258,7 +258,7 @@ def build_skeleton(
     )
 
 
-def _dtype_of(name: str, exceptions: dict[str, torch.dtype]) -> torch.dtype | None:
+def dtype_of(name: str, exceptions: dict[str, torch.dtype]) -> torch.dtype | None:
     """The dtype that a model keeps tensor `name` in whatever its own dtype is; None for most."""
     found = (dtype for pattern, dtype in exceptions.items() if re.search(pattern.replace("*", ".*"), name))
     return next(found, None)

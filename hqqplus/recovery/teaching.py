@@ -22,7 +22,7 @@ from hqqplus.streaming.checkpoint import fetch
 
 CACHE_FOLDER = "teacher"
 # Of a parent in 16 bits, what its packed student takes at most: 2 bits a weight, embedding and head as they were.
-_STUDENT_SHARE = 0.35
+STUDENT_SHARE = 0.35
 _WHERE = "recovery.teacher_cache"
 
 Parent = tuple[str, str | None]
@@ -50,7 +50,7 @@ def settle_teacher(recipe: Recipe, parent: Parent | None, device: torch.device, 
         kind = "online"
     else:
         size, free = _bytes_in_16_bits(parent, recipe), torch.cuda.mem_get_info(device)[0]
-        kind = pick_teacher(size, free, student_bytes=int(size * _STUDENT_SHARE))
+        kind = pick_teacher(size, free, student_bytes=int(size * STUDENT_SHARE))
         if kind == "cache" and recipe.data.streaming:
             # A stream has no set of rows whose targets could be kept: the least memory must do.
             kind = "8bit"
