@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hqqplus.evaluation.report import Report
@@ -36,3 +37,22 @@ def report(**changes: Any) -> Report:
 def recipe(**changes: Any) -> dict[str, Any]:
     values = to_dict(load_recipe(str(ROOT / "recipes" / "embedded_2bit.yaml")))
     return {**values, **changes}
+
+
+def ship_random_adapter(packed: Path, adapter: Path) -> Any:
+    """Write an adapter with random weights on the model of folder `packed` to folder `adapter`, as a run ships it; the
+    model with it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from hqqplus import models
+    from hqqplus.adapters import Fingerprint, round_adapter, ship_adapter
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(models.load(packed).requires_grad_(False), config).eval()
+    round_adapter(model)
+    fingerprint = Fingerprint.read(packed)
+    assert fingerprint is not None
+    ship_adapter(model, models.load_tokenizer(str(packed)), adapter, fingerprint, "card")
+    return model

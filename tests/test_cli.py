@@ -17,20 +17,20 @@ import datasets
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import hqqplus
 from hqqplus import QuantPlan, QuantSpec, cli, models
-from hqqplus.adapters import Fingerprint, round_adapter, ship_adapter
+from hqqplus.adapters import Fingerprint
 from hqqplus.calibration.gain import choose_gain
 from hqqplus.errors import UserError
 from hqqplus.evaluation.divergence import divergence
 from hqqplus.evaluation.perplexity import make_windows, perplexity
 from hqqplus.evaluation.report import Report
 from hqqplus.modules import packed_modules
+from tests.shipping import ship_random_adapter
 
 IDS = torch.arange(3, 35).view(1, -1)
 TEXTS = ["once upon a time", "there was a model", "of very few bits"]
@@ -60,13 +60,7 @@ def made(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     """A parent, what the command line packed it to, an adapter on that, and texts."""
     folder, parent = tmp_path_factory.mktemp("cli"), random_model("llama")
     said = run("quantize", parent, "--out", folder / "packed", "--nbits", 2, *GROUPS)
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(models.load(folder / "packed").requires_grad_(False), config).eval()
-    round_adapter(model)
-    fingerprint = Fingerprint.read(folder / "packed")
-    assert fingerprint is not None
-    ship_adapter(model, models.load_tokenizer(str(parent)), folder / "adapter", fingerprint, "card")
+    model = ship_random_adapter(folder / "packed", folder / "adapter")
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS))
     return SimpleNamespace(
         parent=parent,

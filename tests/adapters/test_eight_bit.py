@@ -13,18 +13,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import hqqplus
 from hqqplus import HqqPlusConfig, models
-from hqqplus.adapters import Fingerprint, eight_bit, round_adapter, ship_adapter
+from hqqplus.adapters import eight_bit
 from hqqplus.errors import UserError
 from hqqplus.recipe import load_recipe
 from tests.conftest import ROOT, load_benchmark
 from tests.fuzz.mutate import mutated, mutated_json, mutated_safetensors
 from tests.fuzz.oracle import judged
 from tests.fuzz.oracle import run as run_examples
+from tests.shipping import ship_random_adapter
 
 IDS = torch.arange(3, 35).view(1, -1)
 
@@ -97,14 +98,7 @@ def made(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     """A packed model, an adapter in bf16 and the same in 8 bits."""
     folder = tmp_path_factory.mktemp("made")
     hqqplus.quantize_folder(str(random_model("llama")), folder / "packed", HqqPlusConfig(nbits=2, group_size=32))
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(models.load(folder / "packed").requires_grad_(False), config).eval()
-    round_adapter(model)
-    fingerprint = Fingerprint.read(folder / "packed")
-    assert fingerprint is not None
-    tokenizer = models.load_tokenizer(str(folder / "packed"))
-    ship_adapter(model, tokenizer, folder / "adapter", fingerprint, "card")
+    model = ship_random_adapter(folder / "packed", folder / "adapter")
     eight = folder / "eight"
     shutil.copytree(folder / "adapter", eight)
     (eight / eight_bit.STANDARD).unlink()

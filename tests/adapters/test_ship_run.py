@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import hqqplus
 from hqqplus import HqqPlusConfig, cli, models
-from hqqplus.adapters import Fingerprint, eight_bit, hub, round_adapter, ship, ship_adapter
+from hqqplus.adapters import Fingerprint, eight_bit, hub, ship
 from hqqplus.errors import UserError
 from hqqplus.files import write_json
 from tests.hub_server import TOKEN, Hub
-from tests.shipping import recipe, report
+from tests.shipping import recipe, report, ship_random_adapter
 
 IDS = torch.arange(3, 35).view(1, -1)
 NAMES = ["README.md", "adapter_config.json", "hqqplus.json", "tokenizer.json", "tokenizer_config.json"]
@@ -34,13 +34,7 @@ def finished(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("finished") / "run"
     parent = random_model("llama")
     hqqplus.quantize_folder(str(parent), folder / "base", HqqPlusConfig(nbits=2, group_size=32))
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(models.load(folder / "base").requires_grad_(False), config).eval()
-    round_adapter(model)
-    fingerprint = Fingerprint.read(folder / "base")
-    assert fingerprint is not None
-    ship_adapter(model, models.load_tokenizer(str(parent)), folder / "adapter", fingerprint, "card")
+    model = ship_random_adapter(folder / "base", folder / "adapter")
     (folder / "checkpoint-4").mkdir()
     for path in ("checkpoint-4/optimizer.pt", "checkpoint-4/trainer_state.json", "log.jsonl", "adapter/.env"):
         (folder / path).write_text("secret")

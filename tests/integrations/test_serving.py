@@ -18,19 +18,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 import hqqplus
 from hqqplus import HqqPlusConfig, cli, models
-from hqqplus.adapters import Fingerprint, round_adapter, ship_adapter
 from hqqplus.errors import UserError
 from hqqplus.generation import continue_batches
 from hqqplus.integrations import serving
 from hqqplus.prompts import encode_messages
+from tests.shipping import ship_random_adapter
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -51,13 +49,7 @@ def made(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     """A packed model, an adapter on it, and a chat template."""
     folder, parent = tmp_path_factory.mktemp("serving"), random_model("llama")
     hqqplus.quantize_folder(str(parent), folder / "packed", HqqPlusConfig(2, 32, metadata_bits=16))
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(models.load(folder / "packed").requires_grad_(False), config).eval()
-    round_adapter(model)
-    fingerprint = Fingerprint.read(folder / "packed")
-    assert fingerprint is not None
-    ship_adapter(model, models.load_tokenizer(str(parent)), folder / "adapter", fingerprint, "card")
+    ship_random_adapter(folder / "packed", folder / "adapter")
     (folder / "template.jinja").write_text(TEMPLATE)
     loaded, tokenizer = models.load_with_tokenizer(folder / "packed", folder / "adapter")
     tokenizer.chat_template = TEMPLATE
